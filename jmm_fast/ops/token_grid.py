@@ -1,0 +1,117 @@
+"""Between the full grid of tokens and the visible ones: gather patches, put tokens back."""
+
+import torch
+from torch import Tensor
+
+from jmm_fast import reference
+from jmm_fast.ops import checks
+from jmm_fast.ops.backend import choose, library
+
+library.define("token_grid_gather(Tensor clips, Tensor visible, int t_patch) -> Tensor")
+library.define(
+    "token_grid_scatter(Tensor tokens, Tensor restore, Tensor mask_token, Tensor joint_embedding, "
+    "Tensor time_embedding) -> Tensor"
+)
+# Plain tensor code all the way down: autograd, fake tensors, compile and export look through these two.
+library.impl("token_grid_gather", reference.token_grid_gather, "CompositeImplicitAutograd")
+library.impl("token_grid_scatter", reference.token_grid_scatter, "CompositeImplicitAutograd")
+
+
+def token_grid_gather(clips: Tensor, visible: Tensor, *, t_patch: int = 4, backend: str = "auto") -> Tensor:
+    """Patches of the visible tokens only: ``out[b,k] = P[b, visible[b,k]]``.
+
+    ``P`` is ``clips`` cut into tokens ``l = t' * V + v`` of ``u*C`` numbers, inner order (frame in patch, coordinate).
+
+    Args:
+        clips: floating ``[B,T,V,C]``, ``T`` a multiple of ``t_patch``.
+        visible: int64 ``[B,K]``, token numbers in ``[0, L)`` (``MotionMask.visible``).
+        t_patch: frames per token, ``u``.
+        backend: see ``jmm_fast.backends()``.
+
+    Returns:
+        ``[B,K,u*C]`` of the dtype of ``clips``; differentiable in ``clips``.
+
+    Raises:
+        ValueError: wrong shape, dtype or device.
+
+    Deterministic. Source: MAE (He et al., CVPR 2022), MAMP (ICCV 2023).
+    """
+    checks.floating("clips", clips, "[B,T,V,C]", 4)
+    checks.patches(clips, t_patch)
+    checks.require(
+        isinstance(visible, Tensor) and visible.dtype == torch.int64 and visible.dim() == 2,
+        "visible",
+        "int64 [B,K]",
+        visible,
+    )
+    checks.require(visible.shape[0] == clips.shape[0], "visible", f"int64 [{clips.shape[0]},K]", visible)
+    checks.same_device(clips=clips, visible=visible)
+    choose("token_grid", backend, clips)
+    return torch.ops.jmm_fast.token_grid_gather(clips, visible, t_patch)
+
+
+def token_grid_scatter(
+    tokens: Tensor,
+    restore: Tensor,
+    mask_token: Tensor,
+    joint_embedding: Tensor,
+    time_embedding: Tensor,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Put visible tokens back on the grid, fill the rest with the mask token, add the embeddings.
+
+    ``out[b,l] = (tokens[b, restore[b,l]] if restore[b,l] < K else mask_token) + joint[l mod V] + time[l div V]``
+
+    Args:
+        tokens: floating ``[B,K,d]``, visible tokens in ascending order.
+        restore: int64 ``[B,L]`` (``MotionMask.restore``).
+        mask_token: floating ``[d]``.
+        joint_embedding: floating ``[V,d]``.
+        time_embedding: floating ``[T',d]`` with ``T' * V = L``.
+        backend: see ``jmm_fast.backends()``.
+
+    Returns:
+        ``[B,L,d]``; differentiable in all but ``restore``.
+
+    Raises:
+        ValueError: wrong shape, dtype or device.
+
+    Deterministic on the CPU. Source: MAE (He et al., CVPR 2022), MAMP (ICCV 2023).
+    """
+    checks.floating("tokens", tokens, "[B,K,d]", 3)
+    dim = tokens.shape[2]
+    checks.require(
+        isinstance(restore, Tensor)
+        and restore.dtype == torch.int64
+        and restore.dim() == 2
+        and restore.shape[0] == tokens.shape[0]
+        and restore.shape[1] >= tokens.shape[1],
+        "restore",
+        f"int64 [{tokens.shape[0]},L] with L >= {tokens.shape[1]}",
+        restore,
+    )
+    checks.floating("mask_token", mask_token, f"[{dim}]", 1)
+    checks.floating("joint_embedding", joint_embedding, f"[V,{dim}]", 2)
+    checks.floating("time_embedding", time_embedding, f"[T',{dim}]", 2)
+    for name, tensor in (
+        ("mask_token", mask_token),
+        ("joint_embedding", joint_embedding),
+        ("time_embedding", time_embedding),
+    ):
+        checks.require(tensor.shape[-1] == dim, name, f"of width {dim} as tokens are", tensor)
+    checks.require(
+        joint_embedding.shape[0] * time_embedding.shape[0] == restore.shape[1],
+        "time_embedding",
+        f"[T',{dim}] with T' * {joint_embedding.shape[0]} joints = {restore.shape[1]} tokens",
+        time_embedding,
+    )
+    checks.same_device(
+        tokens=tokens,
+        restore=restore,
+        mask_token=mask_token,
+        joint_embedding=joint_embedding,
+        time_embedding=time_embedding,
+    )
+    choose("token_grid", backend, tokens)
+    return torch.ops.jmm_fast.token_grid_scatter(tokens, restore, mask_token, joint_embedding, time_embedding)

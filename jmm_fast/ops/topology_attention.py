@@ -1,0 +1,144 @@
+"""Attention that knows the skeleton: a term for each pair of joints inside the softmax."""
+
+import torch
+from torch import Tensor
+
+from jmm_fast import reference
+from jmm_fast.ops import checks
+from jmm_fast.ops.backend import choose, library
+
+MODES = ("add", "scale")
+_MAX_HEAD_DIM = 128
+
+library.define(
+    "topology_attention(Tensor q, Tensor k, Tensor v, Tensor? table, Tensor? joints, bool multiply, float scale) "
+    "-> Tensor"
+)
+# Plain tensor code all the way down: autograd, fake tensors, compile and export look through it.
+library.impl("topology_attention", reference.topology_attention, "CompositeImplicitAutograd")
+
+library.define(
+    "topology_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? table, Tensor? joints, bool multiply, "
+    "float scale) -> (Tensor, Tensor)"
+)
+library.define(
+    "topology_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? table, Tensor? joints, "
+    "Tensor out, Tensor lse, bool multiply, float scale) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def topology_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor | None = None,
+    joints: Tensor | None = None,
+    *,
+    mode: str = "add",
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax attention whose scores carry a term for the joints of query and key.
+
+    ``S_ij = scale * q_i.k_j + table[h, joint(i), joint(j)]`` (``mode="add"``), or
+    ``S_ij = scale * q_i.k_j * table[h, joint(i), joint(j)]`` (``mode="scale"``);
+    ``out_i = sum_j softmax_j(S_ij) v_j``.
+
+    Args:
+        q, k, v: floating ``[B,H,N,D]``, one dtype, any strides (views of a packed qkv cost no copy).
+        table: floating ``[H,V,V]``, or None for plain attention.
+        joints: int64 or int32 ``[N]`` (one for all bodies) or ``[B,N]``: the joint of each token, in ``[0, V)``;
+            needed with a table. Values are checked on CPU tensors and not on a device, where looking would stall.
+        mode: ``"add"`` or ``"scale"``.
+        scale: None means ``1/sqrt(D)``.
+        backend: see ``jmm_fast.backends()``. ``"cpu"`` takes float32, ``D <= 128``, a float32 table.
+
+    Returns:
+        ``[B,H,N,D]``; differentiable in ``q``, ``k``, ``v`` and ``table``.
+
+    Raises:
+        ValueError: wrong shape, dtype, device or value, e.g. "joints must be int [N] or [B,N], got float32 [8, 74]".
+
+    Deterministic: repeatable bit for bit, for any number of threads. Source: JMM-TGT (PLOS ONE 2025); the additive
+    form with a learned scalar for each hop distance is Graphormer's spatial encoding (Ying et al., NeurIPS 2021).
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        checks.floating(name, tensor, "[B,H,N,D]", 4)
+        checks.require(
+            tensor.shape == q.shape and tensor.dtype == q.dtype, name, f"{checks.describe(q)} as q is", tensor
+        )
+    checks.require(mode in MODES, "mode", '"add" or "scale"', mode)
+    bodies, heads, length, dim = q.shape
+    if table is not None:
+        checks.floating("table", table, "[H,V,V]", 3)
+        checks.require(
+            table.shape[0] == heads and table.shape[1] == table.shape[2], "table", f"floating [{heads},V,V]", table
+        )
+        checks.require(joints is not None, "joints", "given with a table", joints)
+    if joints is not None:
+        fits = (
+            isinstance(joints, Tensor)
+            and joints.dtype in (torch.int64, torch.int32)
+            and joints.shape in ((length,), (bodies, length))
+        )
+        checks.require(fits, "joints", f"int [N] or [B,N] with N={length}, B={bodies}", joints)
+    checks.same_device(q=q, k=k, v=v, table=table, joints=joints)
+    if table is None:
+        joints = None
+    elif joints.device.type == "cpu" and joints.numel() and not torch.compiler.is_compiling():
+        low, high = (int(x) for x in joints.aminmax())
+        if low < 0 or high >= table.shape[1]:
+            raise ValueError(f"joints must be in [0, {table.shape[1]}), got values from {low} to {high}")
+    if joints is not None:
+        joints = joints.long()
+    scale = dim**-0.5 if scale is None else float(scale)
+    if choose("topology_attention", backend, q, _refusal(q, table)) == "cpu":
+        return _NativeAttention.apply(q, k, v, table, joints, mode == "scale", scale)
+    return torch.ops.jmm_fast.topology_attention(q, k, v, table, joints, mode == "scale", scale)
+
+
+def _refusal(q: Tensor, table: Tensor | None) -> str | None:
+    """Why the C++ kernel cannot take these inputs; None when it can."""
+    if q.dtype != torch.float32:
+        return f"it takes float32, got {checks.describe(q)}"
+    if table is not None and table.dtype != torch.float32:
+        return f"it takes a float32 table, got {checks.describe(table)}"
+    if q.shape[3] > _MAX_HEAD_DIM:
+        return f"it takes a head width up to {_MAX_HEAD_DIM}, got {checks.describe(q)}"
+    return None
+
+
+class _NativeAttention(torch.autograd.Function):
+    """Forward and backward kernels of the C++ extension as one differentiable function."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, table, joints, multiply, scale):
+        out, lse = torch.ops.jmm_fast.topology_attention_forward(q, k, v, table, joints, multiply, scale)
+        ctx.save_for_backward(q, k, v, table, joints, out, lse)
+        ctx.multiply, ctx.scale = multiply, scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        q, k, v, table, joints, out, lse = ctx.saved_tensors
+        dq, dk, dv, dtable = torch.ops.jmm_fast.topology_attention_backward(
+            grad_out, q, k, v, table, joints, out, lse, ctx.multiply, ctx.scale
+        )
+        return dq, dk, dv, dtable if table is not None else None, None, None, None
+
+
+def _token_major(x: Tensor) -> Tensor:
+    """Empty ``[B,H,N,D]`` laid out as ``[B,N,H,D]``, so that joining the heads again costs no copy."""
+    bodies, heads, length, dim = x.shape
+    return x.new_empty(bodies, length, heads, dim).transpose(1, 2)
+
+
+@torch.library.register_fake("jmm_fast::topology_attention_forward", lib=library)
+def _fake_forward(q, k, v, table, joints, multiply, scale):
+    return _token_major(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.register_fake("jmm_fast::topology_attention_backward", lib=library)
+def _fake_backward(grad_out, q, k, v, table, joints, out, lse, multiply, scale):
+    dtable = q.new_empty((0,) if table is None else table.shape, dtype=torch.float32)
+    return _token_major(q), _token_major(q), _token_major(q), dtable

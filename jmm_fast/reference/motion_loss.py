@@ -1,0 +1,29 @@
+"""Masked motion prediction loss in plain PyTorch."""
+
+import torch
+from torch import Tensor
+
+from jmm_fast.reference.motion_mask import patchify
+
+
+def motion_target(clips: Tensor, *, t_patch: int, stride: int = 1, normalize: bool = True) -> Tensor:
+    """What the decoder predicts: ``[B,T,V,C] -> [B,L,u*C]``. Formula: ``jmm_fast.ops.motion_loss``."""
+    motion = torch.zeros_like(clips)
+    motion[:, : clips.shape[1] - stride] = clips[:, stride:] - clips[:, : clips.shape[1] - stride]
+    target = patchify(motion, t_patch).flatten(1, 2)
+    if normalize:
+        variance, mean = torch.var_mean(target, dim=-1, keepdim=True, correction=1)
+        target = (target - mean) / (variance + 1e-6).sqrt()
+    return target
+
+
+def motion_loss(
+    prediction: Tensor, clips: Tensor, mask: Tensor, *, t_patch: int, stride: int, normalize: bool
+) -> Tensor:
+    """The plain twin of ``jmm_fast.ops.motion_loss``."""
+    dtype = torch.promote_types(prediction.dtype, torch.float32)
+    target = motion_target(
+        clips.to(torch.promote_types(clips.dtype, torch.float32)), t_patch=t_patch, stride=stride, normalize=normalize
+    )
+    error = (prediction.to(dtype) - target).square().mean(-1)
+    return (error * mask).sum() / mask.sum().clamp(min=1)
