@@ -1,0 +1,82 @@
+// jmm_fast._host: what readers need in C++, numpy in and numpy out. It knows nothing of torch.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "host/scan_clips.h"
+
+namespace py = pybind11;
+
+namespace {
+
+std::string describe(const py::object& object) {
+  if (!py::isinstance<py::array>(object)) return py::str(py::type::of(object).attr("__name__"));
+  const auto array = py::reinterpret_borrow<py::array>(object);
+  std::string text = py::str(array.dtype());
+  text += " [";
+  for (py::ssize_t i = 0; i < array.ndim(); ++i) text += (i ? ", " : "") + std::to_string(array.shape(i));
+  return text + "]";
+}
+
+/// A C-contiguous view of `object`, which must hold exactly `T` with `ndim` axes: nothing is converted silently.
+template <typename T>
+py::array_t<T, py::array::c_style> expect(const py::object& object, py::ssize_t ndim, const char* wanted) {
+  if (!py::isinstance<py::array_t<T>>(object) || py::reinterpret_borrow<py::array>(object).ndim() != ndim) {
+    throw py::value_error(std::string(wanted) + ", got " + describe(object));
+  }
+  return py::array_t<T, py::array::c_style>::ensure(object);
+}
+
+py::tuple scan_clips(const py::object& frames_in, const py::object& offsets_in, int threads) {
+  const auto frames = expect<float>(frames_in, 3, "frames must be float32 [F,V,C]");
+  const auto offsets = expect<int64_t>(offsets_in, 1, "offsets must be int64 [N+1]");
+  if (threads < 0) throw py::value_error("threads must be 0 (one per core) or more, got " + std::to_string(threads));
+  const int64_t count = offsets.shape(0) - 1, rows = frames.shape(0);
+  if (count < 0) throw py::value_error("offsets must be int64 [N+1], got int64 [0]");
+  const int64_t* bounds = offsets.data();
+  if (bounds[0] < 0 || bounds[count] > rows) {
+    throw py::value_error("offsets must lie in 0.." + std::to_string(rows) + " (the rows of frames), got " +
+                          std::to_string(bounds[0]) + ".." + std::to_string(bounds[count]));
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    if (bounds[i + 1] < bounds[i]) {
+      throw py::value_error("offsets must not decrease, but clip " + std::to_string(i) + " goes from " +
+                            std::to_string(bounds[i]) + " to " + std::to_string(bounds[i + 1]));
+    }
+  }
+  py::array_t<int64_t> nonfinite(count), zero_frames(count);
+  py::array_t<float> max_abs(count);
+  {
+    const float* data = frames.data();
+    int64_t *bad = nonfinite.mutable_data(), *zero = zero_frames.mutable_data();
+    float* largest = max_abs.mutable_data();
+    const int64_t width = frames.shape(1) * frames.shape(2);
+    const py::gil_scoped_release release;
+    jmm_fast::scan_clips(data, bounds, count, width, static_cast<unsigned>(threads), bad, zero, largest);
+  }
+  return py::make_tuple(nonfinite, zero_frames, max_abs);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_host, module) {
+  module.doc() = "Readers' helpers in C++: numpy in, numpy out.";
+  module.def("scan_clips", &scan_clips, py::arg("frames"), py::arg("offsets"), py::kw_only(), py::arg("threads") = 0,
+             R"(Look through every clip once.
+
+Args:
+    frames: float32 [F,V,C], all clips' rows one after the other.
+    offsets: int64 [N+1], clip i is rows offsets[i] to offsets[i+1].
+    threads: at most this many threads; 0 is one per core.
+
+Returns:
+    (nonfinite, zero_frames, max_abs): int64 [N] number of NaN or infinite values, int64 [N] number of frames whose
+    values are all zero, float32 [N] largest absolute finite value (0 where there is none).
+
+Raises:
+    ValueError: a wrong type or shape, or offsets that decrease or leave the rows.
+
+The result does not depend on the number of threads. The interpreter lock is released meanwhile.)");
+}

@@ -1,0 +1,5 @@
+"""Triton kernels and their launchers, one module per op, named as in ``jmm_fast.ops``.
+
+The folder lies at the root of the repository and is installed as ``jmm_fast.kernels``. Nothing here may be imported
+before an op asks for the ``triton`` backend: importing a module of this package imports Triton.
+"""

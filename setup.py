@@ -1,0 +1,220 @@
+"""Build driver: CMake and Ninja make the extensions ``jmm_fast._C`` and ``jmm_fast._host``; the rest is pyproject.toml.
+
+A missing tool never fails the install. What was built, with what, and why the rest was not, is printed and written to
+``jmm_fast/_build.json``, which ``jmm-fast doctor`` shows.
+
+Environment variables: ``CXX`` chooses the compiler; ``JMM_FAST_SKIP_NATIVE=1`` installs the Python part alone.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+TARGETS = {"_C": "torch operators", "_host": "numpy-facing readers"}
+RECORD_NAME = "_build.json"
+
+
+def find_tool(name: str) -> str | None:
+    # pip puts the tools of an isolated environment on PATH; a virtual environment that was not activated has them
+    # beside its interpreter only.
+    return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+
+
+def find_compiler() -> list[str] | None:
+    command = shlex.split(os.environ.get("CXX", ""))
+    if command:
+        return command if shutil.which(command[0]) else None
+    found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    return [found] if found else None
+
+
+def first_line(command: list[str]) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return next(iter((result.stdout or result.stderr).splitlines()), "")
+
+
+def package_folder(name: str) -> Path | None:
+    spec = importlib.util.find_spec(name)
+    return Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
+
+
+def torch_reason() -> str:
+    """Why ``_C`` cannot be built against the torch of this environment; empty when it can."""
+    folder = package_folder("torch")
+    if folder is None:
+        return "torch is not in the build environment (install torch first, then use pip's --no-build-isolation)"
+    version = importlib.metadata.version("torch")
+    if tuple(map(int, re.match(r"(\d+)\.(\d+)", version).groups())) < (2, 11):
+        return f"torch {version} is too old: the stable interface of 2.11 is needed"
+    if not (folder / "include/torch/csrc/stable/library.h").exists():
+        return f"torch {version} came without its C++ headers"
+    return ""
+
+
+def plan() -> dict[str, str]:
+    """The reason why each target will not be tried; empty for those that will."""
+    reason = ""
+    if os.environ.get("JMM_FAST_SKIP_NATIVE", "0") not in ("", "0"):
+        reason = "left out because JMM_FAST_SKIP_NATIVE is set"
+    elif sys.platform == "win32":
+        reason = "Windows is not supported"
+    elif find_compiler() is None:
+        reason = f"no C++ compiler found ({os.environ.get('CXX') or 'c++, g++ or clang++'})"
+    elif missing := [tool for tool in ("cmake", "ninja") if find_tool(tool) is None]:
+        reason = f"{' and '.join(missing)} not found (pip install {' '.join(missing)})"
+    elif not Path(sysconfig.get_path("include"), "Python.h").exists():
+        reason = "Python.h not found (install the development files of this Python, e.g. python3-dev)"
+    if reason:
+        return dict.fromkeys(TARGETS, reason)
+    pybind11 = package_folder("pybind11")
+    return {"_C": torch_reason(), "_host": "" if pybind11 else "pybind11 not found (pip install pybind11)"}
+
+
+def make_record(reasons: dict[str, str], flags: dict[str, str]) -> dict:
+    compiler, cmake = find_compiler(), find_tool("cmake")
+    return {
+        "python": platform.python_version(),
+        "platform": sysconfig.get_platform(),
+        "torch": importlib.metadata.version("torch") if package_folder("torch") else None,
+        "compiler": first_line([*compiler, "--version"]) if compiler else None,
+        "cmake": first_line([cmake, "--version"]) if cmake else None,
+        "flags": flags,
+        "targets": {
+            name: {"purpose": purpose, "built": not reasons[name], "reason": reasons[name]}
+            for name, purpose in TARGETS.items()
+        },
+    }
+
+
+def write_record(folder: Path, record: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{RECORD_NAME}.part"
+    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(folder / RECORD_NAME)
+
+
+def announce(reasons: dict[str, str]) -> None:
+    for name, reason in reasons.items():
+        print(f"jmm-fast: {name} ({TARGETS[name]}): {f'NOT BUILT: {reason}' if reason else 'built'}", file=sys.stderr)
+
+
+class BuildPython(build_py):
+    """Copies the Python part; writes the record that stays when no extension is tried."""
+
+    def run(self):
+        if not self.editable_mode:
+            # setuptools keeps its build folder and would ship modules deleted since the last build.
+            shutil.rmtree(Path(self.build_lib) / "jmm_fast", ignore_errors=True)
+        super().run()
+        reasons = plan()
+        if all(reasons.values()):
+            folder = ROOT if self.editable_mode else Path(self.build_lib)
+            for name in TARGETS if self.editable_mode else ():
+                remove_stale(name)
+            write_record(folder / "jmm_fast", make_record(reasons, {}))
+            announce(reasons)
+
+
+def remove_stale(name: str) -> None:
+    """An extension of an earlier editable install must not outlive the record that says it was not built."""
+    for path in (ROOT / "jmm_fast").glob(f"{name}.*"):
+        if path.suffix in (".so", ".pyd"):
+            path.unlink()
+
+
+class BuildNative(build_ext):
+    """Configures once, builds every wanted target, then records what came out."""
+
+    def build_extensions(self):
+        reasons = plan()
+        folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+        flags = {}
+        wanted = [name for name, reason in reasons.items() if not reason]
+        failure = self.configure(folder, wanted)
+        if failure:
+            reasons.update(dict.fromkeys(wanted, failure))
+        else:
+            lines = (folder / "flags.txt").read_text(encoding="utf-8").splitlines()
+            flags = dict(line.split("=", 1) for line in lines if "=" in line)
+            reasons.update(self.compile(folder, wanted))
+        in_source = self.editable_mode or self.inplace
+        for extension in self.extensions:
+            name = extension.name.rpartition(".")[2]
+            if reasons[name]:
+                if in_source:
+                    remove_stale(name)
+                continue
+            destination = Path(self.get_ext_fullpath(extension.name))
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(folder / f"{name}.so", destination)
+        target = ROOT if in_source else Path(self.build_lib)
+        write_record(target / "jmm_fast", make_record(reasons, flags))
+        announce(reasons)
+
+    def configure(self, folder: Path, wanted: list[str]) -> str:
+        """Run CMake; the reason of the failure, or nothing."""
+        options = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
+            "CMAKE_CXX_COMPILER": shutil.which(find_compiler()[0]),
+            "CMAKE_CXX_FLAGS": shlex.join(find_compiler()[1:]),
+            "PYTHON_INCLUDE_DIR": sysconfig.get_path("include"),
+            "JMM_TARGETS": ";".join(wanted),
+            "TORCH_DIR": package_folder("torch") or "",
+            "PYBIND11_INCLUDE_DIR": (package_folder("pybind11") or Path()) / "include",
+        }
+        command = [find_tool("cmake"), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
+        command += [f"-D{key}={value}" for key, value in options.items()]
+        # Another environment, another CMake: a cache of an older one would keep its paths.
+        shutil.rmtree(folder / "CMakeFiles", ignore_errors=True)
+        (folder / "CMakeCache.txt").unlink(missing_ok=True)
+        return self.run_quietly(command)
+
+    def compile(self, folder: Path, wanted: list[str]) -> dict[str, str]:
+        build = [find_tool("cmake"), "--build", str(folder)]
+        if not self.run_quietly(build):
+            return dict.fromkeys(wanted, "")
+        # One target may still be whole: ask for each alone.
+        return {name: self.run_quietly([*build, "--target", name]) for name in wanted}
+
+    def run_quietly(self, command: list[str]) -> str:
+        """Run a build step, passing its output on; the first line that names an error, or nothing when it succeeded."""
+        try:
+            result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        except OSError as error:
+            return f"{command[0]}: {error.strerror}"
+        print(result.stdout, end="", file=sys.stderr)
+        if result.returncode == 0:
+            return ""
+        lines = [line.strip() for line in result.stdout.splitlines() if line.strip()]
+        errors = [line for line in lines if "error" in line.lower()]
+        return (errors or lines or [f"exit status {result.returncode}"])[0]
+
+
+extensions = [
+    Extension(f"jmm_fast.{name}", sources=[], optional=True, py_limited_api=name == "_C")
+    for name, reason in plan().items()
+    if not reason
+]
+
+setup(
+    packages=[*find_packages(include=["jmm_fast", "jmm_fast.*"]), "jmm_fast.kernels"],
+    # The top-level name `kernels` belongs to another package on PyPI.
+    package_dir={"jmm_fast.kernels": "kernels"},
+    ext_modules=extensions,
+    cmdclass={"build_py": BuildPython, "build_ext": BuildNative},
+)
