@@ -1,0 +1,106 @@
+"""Transformer blocks whose attention takes a joint-pair table."""
+
+import torch
+from torch import Tensor, nn
+
+from jmm_fast import ops
+from jmm_fast.models.config import ModelConfig
+from jmm_fast.models.topology import make_table
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al., ECCV 2016): drop a residual branch for a whole body, scale the kept ones."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rate == 0.0 or not self.training:
+            return x
+        keep = 1 - self.rate
+        return x * torch.empty(x.shape[0], 1, 1, device=x.device, dtype=x.dtype).bernoulli_(keep).div_(keep)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over tokens: ``proj(topology_attention(qkv(x)))``."""
+
+    def __init__(self, dim: int, heads: int, qkv_bias: bool, mode: str, backend: str):
+        super().__init__()
+        self.heads, self.mode, self.backend = heads, mode, backend
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, table: Tensor | None, joints: Tensor | None) -> Tensor:
+        bodies, length, dim = x.shape
+        q, k, v = self.qkv(x).view(bodies, length, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+        out = ops.topology_attention(q, k, v, table, joints, mode=self.mode, backend=self.backend)
+        return self.proj(out.transpose(1, 2).reshape(bodies, length, dim))
+
+
+class Mlp(nn.Module):
+    """``fc2(GELU(fc1(x)))``, exact GELU."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm block: ``x += attn(LN x)``, ``x += mlp(LN x)``."""
+
+    def __init__(
+        self, dim: int, heads: int, mlp_ratio: float, qkv_bias: bool, mode: str, drop_path: float, backend: str
+    ):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, heads, qkv_bias, mode, backend)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, table: Tensor | None, joints: Tensor | None) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x), table, joints))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class Stack(nn.Module):
+    """Blocks that share one topology table, and the LayerNorm that ends them.
+
+    ``drop_path`` grows linearly from 0 at the first block to its full rate at the last.
+    """
+
+    def __init__(self, config: ModelConfig, dim: int, depth: int, heads: int, drop_path: float, backend: str):
+        super().__init__()
+        self.topology = make_table(config, heads)
+        rates = torch.linspace(0, drop_path, depth).tolist()
+        self.blocks = nn.ModuleList(
+            Block(dim, heads, config.mlp_ratio, config.qkv_bias, config.topology_mode, rate, backend) for rate in rates
+        )
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, joints: Tensor) -> Tensor:
+        """Tokens ``[B,N,d]`` with their joints ``[N]`` or ``[B,N]`` -> ``[B,N,d]``."""
+        table = None if self.topology is None else self.topology()
+        joints = None if table is None else joints
+        for block in self.blocks:
+            x = block(x, table, joints)
+        return self.norm(x)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Linear: Xavier-uniform, zero bias. LayerNorm keeps (1, 0). For ``module.apply``."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def embedding(*shape: int) -> nn.Parameter:
+    """A learned embedding, truncated normal with standard deviation 0.02."""
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(*shape), std=0.02))
