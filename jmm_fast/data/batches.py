@@ -1,0 +1,219 @@
+"""Batches of bodies: clips cropped, resampled and rotated, made where they are trained on."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from jmm_fast import ops
+from jmm_fast.data.store import ClipStore
+from jmm_fast.errors import UserError
+from jmm_fast.reference import philox
+
+MODALITIES = ("joint", "bone", "motion", "bone_motion")
+
+
+@dataclass(kw_only=True, slots=True)
+class ClipBatch:
+    """Some clips, body by body.
+
+    Attributes:
+        clips: float32 ``[Nb, T, V, 3]``, one row per body.
+        clip_ids: int64 ``[Nb]``, clip index in the data set + (body << 32): the counter of the body's random draws.
+        clip_of_body: int64 ``[Nb]``, position in this batch (0..N-1) of the body's clip.
+        labels: int64 ``[N]``.
+        index: int64 ``[N]``, clip index in the data set.
+    """
+
+    clips: Tensor
+    clip_ids: Tensor
+    clip_of_body: Tensor
+    labels: Tensor
+    index: Tensor
+
+
+class BodyBatches:
+    """The batches of an epoch over some clips of a store.
+
+    Training: keep a share ``p ~ U[crop]`` of the clip, ``max(min(min_length, n), floor(n p))`` of its ``n`` frames, from a
+    random start; one rotation ``Rz(c) Ry(b) Rx(a)``, angles ``U[-rotation, rotation]`` radians. Evaluation: the middle
+    ``eval_crop`` of the clip, ``begin = int((1 - eval_crop) n / 2)``, no rotation. Both resample to ``window`` frames.
+    Bodies of a clip share crop and rotation. Order, crop and rotation are Philox draws of (seed, epoch, clip index):
+    independent of batch size, of the other clips, of ``start`` and of the device.
+
+    Args:
+        store: where the clips are.
+        ids: int64, clips to use, in evaluation in this order.
+        batch_size: clips a batch; the last may be smaller unless ``drop_last``.
+        window: frames ``T`` of the result.
+        train: crop and rotate at random, or evaluate.
+        seed: of all draws.
+        shuffle: permute the clips each epoch; default: as ``train``.
+        crop, eval_crop, min_length, rotation: see above.
+        modality: ``joint``; ``bone``, joint minus the start of its bone (root 0); ``motion``, difference to the next
+            frame (last frame 0); ``bone_motion``, both.
+        empty_bodies: ``skip`` makes rows for bodies that are there; ``keep`` makes two rows of every clip, zeros for a
+            missing body, as the released code does.
+        device: where batches are made and held. On a GPU the frames move there once when they fill less than half of
+            its free memory; otherwise each batch's frames are sent from pinned memory.
+        backend: of ``ops.clip_window``.
+
+    Raises:
+        UserError: an argument out of range, or no clip.
+
+    Deterministic.
+    """
+
+    def __init__(
+        self,
+        store: ClipStore,
+        ids: Tensor,
+        *,
+        batch_size: int,
+        window: int = 120,
+        train: bool,
+        seed: int = 0,
+        shuffle: bool | None = None,
+        drop_last: bool = False,
+        crop: tuple[float, float] = (0.5, 1.0),
+        eval_crop: float = 0.95,
+        min_length: int = 64,
+        rotation: float = 0.3,
+        modality: Literal["joint", "bone", "motion", "bone_motion"] = "joint",
+        empty_bodies: Literal["skip", "keep"] = "skip",
+        device: str | torch.device = "cpu",
+        backend: str = "auto",
+    ) -> None:
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        if window < 1 or min_length < 1:
+            raise UserError(f"window and min_length must be at least 1, got {window} and {min_length}")
+        if not (len(crop) == 2 and 0 < crop[0] <= crop[1] <= 1):
+            raise UserError(f"crop must be two shares, 0 < low <= high <= 1, got {crop}")
+        if not 0 < eval_crop <= 1:
+            raise UserError(f"eval_crop must be above 0 and at most 1, got {eval_crop}")
+        if rotation < 0:
+            raise UserError(f"rotation must not be negative, got {rotation}")
+        if modality not in MODALITIES:
+            raise UserError(f"modality must be one of {', '.join(MODALITIES)}, got {modality!r}")
+        if empty_bodies not in ("skip", "keep"):
+            raise UserError(f"empty_bodies must be skip or keep, got {empty_bodies!r}")
+        self.ids = torch.as_tensor(ids, dtype=torch.int64, device="cpu")
+        if not len(self.ids):
+            raise UserError(f"{store.path}: no clips to make batches of")
+        if self.ids.min() < 0 or self.ids.max() >= store.num_clips:
+            raise UserError(f"{store.path}: clip ids must lie in 0..{store.num_clips - 1}")
+        if drop_last and len(self.ids) < batch_size:
+            raise UserError(f"{store.path}: {len(self.ids)} clips do not fill one batch of {batch_size}")
+        self.store = store
+        self.batch_size, self.window, self.train, self.seed = batch_size, window, train, seed
+        self.shuffle = train if shuffle is None else shuffle
+        self.drop_last = drop_last
+        self.crop, self.eval_crop, self.min_length, self.rotation = crop, eval_crop, min_length, rotation
+        self.modality, self.empty_bodies, self.backend = modality, empty_bodies, backend
+        self.device = torch.device(device)
+        self._bone_parents = torch.as_tensor(store.skeleton.bone_parents(), device=self.device)
+        self._frames = self._held_frames()
+
+    def _held_frames(self) -> Tensor | None:
+        """The frames on the device, or None when they must be sent batch by batch."""
+        frames = self.store.frames
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            if frames.numel() * frames.element_size() > free // 2:
+                return None
+        return frames.to(self.device)
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        whole, rest = divmod(len(self.ids), self.batch_size)
+        return whole + (1 if rest and not self.drop_last else 0)
+
+    def order(self, epoch: int) -> Tensor:
+        """Clip indices in the order of this epoch, int64."""
+        if not self.shuffle:
+            return self.ids
+        draw = philox.uniform(self.seed, philox.ORDER, self.ids, epoch, 2)
+        # Two words break the ties that 24 bits alone would leave in big sets.
+        key = draw[:, 0].double() + draw[:, 1].double() * 2.0**-24
+        return self.ids[torch.argsort(key, stable=True)]
+
+    def windows(self, index: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        """First frame and number of frames of each clip's crop, int64 ``[N]`` each."""
+        frames = self.store.lengths[index]
+        if not self.train:
+            begin = ((1 - self.eval_crop) * frames.double() / 2).long()
+            return begin, frames - 2 * begin
+        draw = philox.uniform(self.seed, philox.CROP, index, epoch, 2).double()
+        share = self.crop[0] + draw[:, 0] * (self.crop[1] - self.crop[0])
+        length = torch.maximum((frames * share).long(), frames.clamp(max=self.min_length)).clamp(min=1)
+        begin = (draw[:, 1] * (frames - length + 1)).long()
+        return torch.minimum(begin, frames - length), length
+
+    def angles(self, index: Tensor, epoch: int) -> Tensor | None:
+        """Rotation angles of each clip, float32 ``[N, 3]`` radians, or None without rotation."""
+        if not self.train or self.rotation == 0:
+            return None
+        return (2 * philox.uniform(self.seed, philox.ROTATION, index, epoch, 3) - 1) * self.rotation
+
+    def batch(self, index: Tensor, epoch: int) -> ClipBatch:
+        """The batch of the clips ``index``, int64 ``[N]``, as ``epoch`` crops and rotates them."""
+        store = self.store
+        begin, length = self.windows(index, epoch)
+        angles = self.angles(index, epoch)
+        first, present = store.clip_bodies[index].unbind(1)
+        bodies = torch.full_like(present, max(2, store.max_bodies)) if self.empty_bodies == "keep" else present
+        clip_of_body = torch.repeat_interleave(torch.arange(len(index)), bodies)
+        body = torch.arange(len(clip_of_body)) - (bodies.cumsum(0) - bodies)[clip_of_body]
+        absent = body >= present[clip_of_body]
+        row = store.body_offsets[(first[clip_of_body] + body).clamp(max=store.num_bodies - 1)]
+        start = (row + begin[clip_of_body]).masked_fill(absent, 0)
+        length = length[clip_of_body].masked_fill(absent, 0)
+
+        frames = self._frames
+        if frames is None:
+            frames, start = self._send(start, length)
+        device = self.device
+        clips = ops.clip_window(
+            frames,
+            start.to(device),
+            length.to(device),
+            None if angles is None else angles[clip_of_body].to(device),
+            window=self.window,
+            backend=self.backend,
+        )
+        return ClipBatch(
+            clips=self._modality(clips),
+            clip_ids=(index[clip_of_body] + (body << 32)).to(device),
+            clip_of_body=clip_of_body.to(device),
+            labels=store.labels[index].to(device),
+            index=index.to(device),
+        )
+
+    def _send(self, start: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+        """Copy only the rows of these windows to the device; returns them and where each window starts among them."""
+        total = int(length.sum())
+        rows = torch.empty(
+            max(total, 1), *self.store.frames.shape[1:], pin_memory=self.device.type == "cuda", dtype=torch.float32
+        )
+        ends = length.cumsum(0)
+        for source, count, end in zip(start.tolist(), length.tolist(), ends.tolist(), strict=True):
+            rows[end - count : end] = self.store.frames[source : source + count]
+        return rows.to(self.device, non_blocking=True), ends - length
+
+    def _modality(self, clips: Tensor) -> Tensor:
+        if self.modality in ("bone", "bone_motion"):
+            clips = clips - clips[:, :, self._bone_parents]
+        if self.modality in ("motion", "bone_motion"):
+            moved = torch.zeros_like(clips)
+            torch.sub(clips[:, 1:], clips[:, :-1], out=moved[:, :-1])
+            clips = moved
+        return clips
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[ClipBatch]:
+        """The batches of ``epoch`` from batch ``start`` on; skipping costs nothing."""
+        order = self.order(epoch)
+        for number in range(start, len(self)):
+            yield self.batch(order[number * self.batch_size : (number + 1) * self.batch_size], epoch)
