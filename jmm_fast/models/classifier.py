@@ -68,8 +68,8 @@ class FinetuneClassifier(nn.Module):
 def parameter_layers(model: nn.Module, depth: int) -> dict[str, int]:
     """Layer of each parameter for layer-wise learning rate decay.
 
-    0: embeddings and the topology table; ``i + 1``: encoder block ``i``; ``depth + 1``: final norm and head. The rate of
-    a parameter is ``decay ** (depth + 1 - layer)`` times the base rate.
+    0: embeddings and the topology table; ``i + 1``: encoder block ``i``; ``depth + 1``: final norm and head. The
+    rate of a parameter is ``decay ** (depth + 1 - layer)`` times the base rate.
     """
     layers = {}
     for name, _ in model.named_parameters():

@@ -1,6 +1,7 @@
 """Between our parameter names and those of the authors' JMM-TGT code, which MAMP's code shares.
 
-Theirs: blocks ``blocks.i``/``decoder_blocks.i``, a Conv2d patch embedding ``[d, C, u, 1]``, embeddings with leading ones.
+Theirs: blocks ``blocks.i``/``decoder_blocks.i``, a Conv2d patch embedding ``[d, C, u, 1]``,
+embeddings with leading ones.
 Ours: ``encoder.stack.blocks.i``/``decoder.stack.blocks.i``, a Linear ``[d, u*C]`` in (frame, coordinate) order.
 """
 

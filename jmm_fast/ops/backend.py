@@ -1,6 +1,5 @@
 """Which backend runs an op: one table of ops and backends, one rule of choice, one sentence for each refusal."""
 
-import functools
 import importlib
 import json
 from pathlib import Path
@@ -14,12 +13,14 @@ OPS = ("clip_window", "motion_mask", "token_grid", "topology_attention", "motion
 library = torch.library.Library("jmm_fast", "FRAGMENT")
 """Schemas of all ops are defined here, in Python; C++ and device code only hold implementations."""
 
-_NATIVE = {"topology_attention"}  # ops that the C++ extension implements for CPU tensors
+_NATIVE = {"topology_attention": "topology_attention_forward"}
+"""Ops that the C++ extension implements for CPU tensors, each with a schema that only the extension can serve."""
+
+_found: dict[tuple[str, str], str | None] = {}
 
 
-@functools.cache
-def _extension_reason() -> str | None:
-    """None when the C++ extension ``jmm_fast._C`` is loaded, else why it cannot be."""
+def _extension_reason(schema: str) -> str | None:
+    """None when the C++ extension ``jmm_fast._C`` is loaded and holds ``schema``, else why not."""
     try:
         importlib.import_module("jmm_fast._C")
     except ImportError as error:
@@ -29,23 +30,27 @@ def _extension_reason() -> str | None:
         except (OSError, ValueError):
             reason = None
         return f"the C++ extension is not installed ({reason or error})"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"jmm_fast::{schema}", "CPU"):
+        return "the installed C++ extension is older than this version: build it again"
     return None
 
 
-@functools.cache
-def _unavailable(op: str, backend: str) -> str | None:
-    """Why ``backend`` cannot run ``op`` on this installation; None when it can."""
-    if backend == "reference":
-        return None
-    if backend == "cpu":
-        return _extension_reason() if op in _NATIVE else f"this version has no C++ kernel for {op}"
-    if backend == "triton":
-        return f"this version has no Triton kernel for {op}"
-    return f"this version has no CUDA C++ kernel for {op}"
+@torch.compiler.assume_constant_result
+def unavailable(op: str, backend: str) -> str | None:
+    """Why ``backend`` cannot run ``op`` on this installation; None when it can.
 
-
-# Traced code sees the answer as a constant: whether a kernel is installed does not change while a program runs.
-unavailable = torch.compiler.assume_constant_result(_unavailable)
+    Traced code sees the answer as a constant: whether a kernel is installed does not change while a program runs.
+    """
+    if (op, backend) not in _found:
+        if backend == "reference":
+            reason = None
+        elif backend == "cpu":
+            reason = _extension_reason(_NATIVE[op]) if op in _NATIVE else f"this version has no C++ kernel for {op}"
+        else:
+            kind = "Triton" if backend == "triton" else "CUDA C++"
+            reason = f"this version has no {kind} kernel for {op}"
+        _found[op, backend] = reason
+    return _found[op, backend]
 
 
 def choose(op: str, backend: str, tensor: Tensor, refusal: str | None = None) -> str:
@@ -79,4 +84,4 @@ def choose(op: str, backend: str, tensor: Tensor, refusal: str | None = None) ->
 
 def backends() -> dict[str, dict[str, str]]:
     """Table of ops and backends: ``backends()[op][backend]`` is ``"available"`` or the reason why it is not."""
-    return {op: {backend: _unavailable(op, backend) or "available" for backend in BACKENDS} for op in OPS}
+    return {op: {backend: unavailable(op, backend) or "available" for backend in BACKENDS} for op in OPS}

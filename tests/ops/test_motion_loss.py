@@ -1,0 +1,114 @@
+import numpy as np
+import pytest
+import torch
+
+from jmm_fast import ops, reference
+
+
+def loss_inputs(dtype=torch.float32, bodies=2, frames=8, joints=5):
+    clips = torch.randn(bodies, frames, joints, 3, dtype=dtype)
+    prediction = torch.randn(bodies, frames // 4 * joints, 12, dtype=dtype)
+    mask = torch.rand(bodies, frames // 4 * joints) < 0.6
+    return prediction, clips, mask
+
+
+@pytest.mark.parametrize("name", ["pretrain_small", "pretrain_small_rawloss", "masking_t120"])
+def test_golden_loss(golden, name):
+    arrays = np.load(golden(f"{name}.npz"), allow_pickle=True)
+    clips = torch.from_numpy(arrays["x"]).permute(0, 4, 2, 3, 1).flatten(0, 1)
+    mask = torch.from_numpy(arrays["mask"]).bool()
+    loss = ops.motion_loss(torch.from_numpy(arrays["pred"]), clips, mask, normalize=bool(arrays["cfg_norm_skes_loss"]))
+    np.testing.assert_allclose(loss.item(), float(arrays["loss"]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("stride", [1, 3, 7])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_loss_is_the_formula(stride, normalize):
+    prediction, clips, mask = loss_inputs(torch.float64)
+    total = 0.0
+    for body in range(2):
+        for token in range(10):
+            if not mask[body, token]:
+                continue
+            step, joint = divmod(token, 5)
+            motion = []
+            for frame in range(4 * step, 4 * step + 4):
+                moved = frame + stride < 8
+                motion += (
+                    clips[body, frame + stride, joint] - clips[body, frame, joint] if moved else torch.zeros(3)
+                ).tolist()
+            motion = np.array(motion)
+            if normalize:
+                motion = (motion - motion.mean()) / np.sqrt(motion.var(ddof=1) + 1e-6)
+            total += np.mean((prediction[body, token].numpy() - motion) ** 2)
+    ours = ops.motion_loss(prediction, clips, mask, stride=stride, normalize=normalize)
+    np.testing.assert_allclose(ours.item(), total / mask.sum().item(), rtol=1e-10)
+
+
+def test_visible_tokens_do_not_count():
+    prediction, clips, mask = loss_inputs()
+    loss = ops.motion_loss(prediction, clips, mask)
+    prediction[~mask] = 1e6
+    assert torch.equal(ops.motion_loss(prediction, clips, mask), loss)
+    assert ops.motion_loss(prediction, clips, torch.zeros_like(mask)) == 0
+
+
+def test_empty_bodies_are_finite_and_half_precision_is_summed_in_float32():
+    prediction, clips, mask = loss_inputs(bodies=3)
+    clips[1] = 0
+    assert torch.isfinite(ops.motion_loss(prediction, clips, mask))
+    half = ops.motion_loss(prediction.bfloat16(), clips, mask)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, ops.motion_loss(prediction.bfloat16().float(), clips, mask))
+
+
+def test_gradients():
+    prediction, clips, mask = loss_inputs(torch.float64)
+    prediction.requires_grad_()
+    clips.requires_grad_()
+    for normalize in (True, False):
+        assert torch.autograd.gradcheck(
+            lambda p, c, n=normalize: ops.motion_loss(p, c, mask, normalize=n), (prediction, clips)
+        )
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"prediction": torch.zeros(2, 10, 11)}, r"prediction must be floating \[2, 10, 12\]"),
+        ({"mask": torch.zeros(2, 10)}, r"mask must be bool \[2, 10\], got float32 \[2, 10\]"),
+        ({"stride": 8}, r"stride must be in \[1, 8\), got 8"),
+        ({"stride": 0}, "stride must be in"),
+    ],
+)
+def test_bad_arguments(change, message):
+    prediction, clips, mask = loss_inputs()
+    with pytest.raises(ValueError, match=message):
+        ops.motion_loss(**{"prediction": prediction, "clips": clips, "mask": mask} | change)
+
+
+def test_opcheck_compile_and_export():
+    prediction, clips, mask = loss_inputs()
+    prediction.requires_grad_()
+    torch.library.opcheck(
+        torch.ops.jmm_fast.motion_loss.default,
+        (prediction, clips, mask),
+        {"t_patch": 4, "stride": 1, "normalize": True},
+    )
+
+    class Loss(torch.nn.Module):
+        def forward(self, prediction, clips, mask):
+            return ops.motion_loss(prediction, clips, mask)
+
+    eager = Loss()(prediction, clips, mask)
+    (expected,) = torch.autograd.grad(eager, prediction)
+    compiled = torch.compile(Loss(), fullgraph=True)(prediction, clips, mask)
+    torch.testing.assert_close(compiled, eager)
+    torch.testing.assert_close(torch.autograd.grad(compiled, prediction)[0], expected)
+    exported = torch.export.export(Loss(), (prediction, clips, mask)).module()
+    torch.testing.assert_close(exported(prediction, clips, mask), eager)
+
+
+def test_target_normalisation_uses_the_unbiased_variance():
+    target = reference.motion_target(torch.randn(1, 8, 5, 3), t_patch=4)
+    torch.testing.assert_close(target.var(-1, correction=1), torch.ones(1, 10), rtol=1e-3, atol=1e-3)
