@@ -20,27 +20,28 @@ Isa active_isa();
 /// Choose by name; throws std::invalid_argument for an unknown or unusable one.
 void set_isa(std::string_view name);
 
-/// Calls `JMM_KERNEL(isa)::function(arguments)` for the active instruction set.
+/// `return`s the call made in the namespace of the instruction set: JMM_DISPATCH(isa, jmm_fast::op, run(x)) is
+/// `jmm_fast::op::avx512::run(x)` where `isa` is kAvx512.
 #if defined(JMM_HAVE_avx512)
-  #define JMM_CALL_AVX512(call)    \
-    case ::jmm_fast::Isa::kAvx512: \
-      return ::jmm_fast::avx512::call;
+  #define JMM_CASE_AVX512(op, call) \
+    case Isa::kAvx512:              \
+      return op::avx512::call;
 #else
-  #define JMM_CALL_AVX512(call)
+  #define JMM_CASE_AVX512(op, call)
 #endif
 #if defined(JMM_HAVE_avx2)
-  #define JMM_CALL_AVX2(call)    \
-    case ::jmm_fast::Isa::kAvx2: \
-      return ::jmm_fast::avx2::call;
+  #define JMM_CASE_AVX2(op, call) \
+    case Isa::kAvx2:              \
+      return op::avx2::call;
 #else
-  #define JMM_CALL_AVX2(call)
+  #define JMM_CASE_AVX2(op, call)
 #endif
-#define JMM_DISPATCH(isa, call)          \
-  switch (isa) {                         \
-    JMM_CALL_AVX512(call)                \
-    JMM_CALL_AVX2(call)                  \
-    default:                             \
-      return ::jmm_fast::baseline::call; \
+#define JMM_DISPATCH(isa, op, call) \
+  switch (isa) {                    \
+    JMM_CASE_AVX512(op, call)       \
+    JMM_CASE_AVX2(op, call)         \
+    default:                        \
+      return op::baseline::call;    \
   }
 
 }  // namespace jmm_fast
