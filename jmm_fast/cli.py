@@ -1,0 +1,332 @@
+"""The command line, ``jmm-fast``. A user's mistake is one line on stderr and exit code 2, never a traceback."""
+
+import contextlib
+import difflib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import field, make_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from jmm_fast import __version__
+from jmm_fast.errors import UserError
+
+# torch takes a second to load: each command imports what it needs, so that help and typing errors are quick.
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name; default those of the process.
+
+    Returns:
+        Exit code: 0; 2 after a user's mistake; 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not args or args[0] in ("-h", "--help"):
+            print(_help())
+            return 0
+        if args[0] == "--version":
+            print(f"jmm-fast {__version__}")
+            return 0
+        if args[0] not in COMMANDS:
+            raise UserError(f"unknown command {args[0]!r}{_near(args[0], COMMANDS)}")
+        COMMANDS[args[0]][0](args[1:])
+        # Only now is a closed pipe noticed for what was buffered.
+        sys.stdout.flush()
+        return 0
+    except SystemExit as stop:
+        # tyro printed the help it was asked for.
+        return int(stop.code or 0)
+    except UserError as error:
+        print(f"jmm-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"jmm-fast: {stop}" if str(stop) else "jmm-fast: interrupted", file=sys.stderr)
+        return 128 + getattr(stop, "signum", 2)
+    except BrokenPipeError:
+        # The reader (head, less) has gone: nothing is wrong, and nothing more can be said.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"jmm-fast {__version__}: masked motion pretraining on 3D skeletons",
+            "",
+            "usage: jmm-fast COMMAND ... (each command has its own --help)",
+            "",
+            *lines,
+        ]
+    )
+
+
+def _doctor(args: list[str]) -> None:
+    _parse(make_dataclass("Doctor", []), args, "doctor", "What is installed, and which backends run here.")
+    from jmm_fast.describe import doctor
+
+    print(doctor())
+
+
+def _prepare(args: list[str]) -> None:
+    from jmm_fast.data import READERS, prepare
+
+    if not args or args[0] in ("-h", "--help"):
+        lines = [f"  {name:<10} {reader.help}" for name, reader in READERS.items()]
+        print("usage: jmm-fast prepare FORMAT [RAW] --out FILE ...\n\nformats:\n" + "\n".join(lines))
+        return
+    if args[0] not in READERS:
+        raise UserError(f"unknown format {args[0]!r}{_near(args[0], READERS)}")
+    reader = READERS[args[0]]
+    from tyro.conf import Positional, arg
+
+    fields: list[tuple] = [("raw", Annotated[Positional[Path], arg(help="file to read")])] if reader.needs_input else []
+    fields += [
+        ("out", Annotated[Path, arg(help="clip store to write")]),
+        ("options", Annotated[reader.options, arg(name="")], field(default_factory=reader.options)),
+    ]
+    given = _parse(make_dataclass("Prepare", fields, kw_only=True), args[1:], f"prepare {args[0]}", reader.help)
+    contents = prepare(args[0], given.raw if reader.needs_input else None, given.out, given.options)
+    print(f"{contents.num_clips} clips written to {given.out}; 'jmm-fast inspect {given.out}' shows them")
+
+
+def _inspect(args: list[str]) -> None:
+    from tyro.conf import Positional, arg
+
+    kind = make_dataclass("Inspect", [("file", Annotated[Positional[Path], arg(help="clip store")])])
+    given = _parse(kind, args, "inspect", "What a clip store holds.")
+    from jmm_fast.data import ClipStore
+    from jmm_fast.describe import store_text
+
+    print(store_text(ClipStore.open(given.file)))
+
+
+def _pretrain(args: list[str]) -> None:
+    from jmm_fast import recipes
+
+    if not args or args[0] in ("-h", "--help"):
+        lines = [f"  {name:<12} {_first_sentence(recipe)}" for name, recipe in recipes.RECIPES.items()]
+        print(
+            "usage: jmm-fast pretrain RECIPE --data FILE --out RUN ...\n\n"
+            "RECIPE is one of these or a config.yaml; 'jmm-fast pretrain RECIPE --help' lists every field:\n"
+            + "\n".join(lines)
+        )
+        return
+    from tyro.conf import FlagCreatePairsOff, arg
+
+    from jmm_fast.train.config import RunConfig, Variant
+
+    run = recipes.get(args[0], _peek(args, "--variant"))
+    kind = make_dataclass(
+        "Pretrain",
+        [
+            ("data", Annotated[Path, arg(help="clip store to train on")]),
+            ("out", Annotated[Path, arg(help="run folder to write")]),
+            ("variant", Annotated[Variant | None, arg(help="sets mask.variant and model.topology together")], None),
+            ("resume", Annotated[FlagCreatePairsOff[bool], arg(help="continue the run in --out")], False),
+            ("overwrite", Annotated[FlagCreatePairsOff[bool], arg(help="remove the run in --out first")], False),
+            ("run", Annotated[RunConfig, arg(name="")], field(default_factory=lambda: run)),
+        ],
+        kw_only=True,
+    )
+    given = _parse(kind, args[1:], f"pretrain {args[0]}", "Masked motion pretraining; writes a run folder.")
+    from jmm_fast.train.pretrain import pretrain
+
+    pretrain(given.run, data=given.data, out=given.out, resume=given.resume, overwrite=given.overwrite, say=_say)
+
+
+def _probe(args: list[str]) -> None:
+    encoders = Literal["pretrained", "untrained"]
+    source, given = _evaluation("probe", args, encoders, "Linear evaluation of the frozen encoder.")
+    if source is not None:
+        from jmm_fast.train.probe import probe
+
+        probe(source, data=given.data, encoder=given.encoder, say=_say)
+
+
+def _knn(args: list[str]) -> None:
+    from tyro.conf import FlagCreatePairsOff, arg
+
+    raw = ("raw", Annotated[FlagCreatePairsOff[bool], arg(help="compare raw poses instead of features")], False)
+    encoders = Literal["pretrained", "untrained"]
+    source, given = _evaluation("knn", args, encoders, "Nearest neighbours on pooled features or raw poses.", [raw])
+    if source is not None:
+        from jmm_fast.train.knn import knn
+
+        knn(source, data=given.data, encoder=given.encoder, raw=given.raw, say=_say)
+
+
+def _finetune(args: list[str]) -> None:
+    from tyro.conf import FlagCreatePairsOff, arg
+
+    flags = [
+        ("resume", Annotated[FlagCreatePairsOff[bool], arg(help="continue the finetuning that is there")], False),
+        ("overwrite", Annotated[FlagCreatePairsOff[bool], arg(help="remove the finetuning that is there")], False),
+    ]
+    encoders = Literal["pretrained", "scratch"]
+    source, given = _evaluation("finetune", args, encoders, "Train the whole network with labels.", flags)
+    if source is not None:
+        from jmm_fast.train.finetune import finetune
+
+        finetune(
+            source,
+            data=given.data,
+            encoder=given.encoder,
+            resume=given.resume,
+            overwrite=given.overwrite,
+            say=_say,
+        )
+
+
+def _evaluation(command: str, args: list[str], encoders: Any, description: str, flags: Sequence[tuple] = ()):
+    """Source and parsed arguments of probe, knn or finetune; defaults are those of the run that is evaluated."""
+    import dataclasses
+
+    from tyro.conf import arg
+
+    from jmm_fast import recipes
+    from jmm_fast.train.config import DataConfig, RunConfig
+
+    asks_help = not args or "-h" in args or "--help" in args
+    recipe = _peek(args, "--recipe") or "released"
+    source, run, rest = None, recipes.get(recipe), args
+    if args and not args[0].startswith("-"):
+        from jmm_fast.train.evaluate import open_source
+
+        rest = args[1:]
+        if not asks_help:
+            out = _peek(args, "--out")
+            source = open_source(Path(args[0]), out=None if out is None else Path(out), fallback=run)
+            run = source.config
+    elif not asks_help:
+        raise UserError(f"say what to evaluate first: jmm-fast {command} RUN --data FILE")
+    types = {item.name: item.type for item in dataclasses.fields(RunConfig)}
+    dtypes, backends = types["dtype"], types["backend"]
+    settings = getattr(run, command)
+    kind = make_dataclass(
+        command.title(),
+        [
+            ("data", Annotated[Path, arg(help="clip store with the training and test clips")]),
+            (
+                "encoder",
+                Annotated[encoders, arg(help="whose features: the run's, or random first weights")],
+                "pretrained",
+            ),
+            ("out", Annotated[Path | None, arg(help="folder for the results (default: the run)")], None),
+            ("recipe", Annotated[str, arg(help="settings for weights that come without a run")], recipe),
+            ("device", Annotated[str, arg(help="auto, cpu, cuda or cuda:N")], run.device),
+            ("dtype", Annotated[dtypes, arg(help="arithmetic of the forward pass")], run.dtype),
+            ("backend", Annotated[backends, arg(help="backend of the ops; see jmm-fast doctor")], run.backend),
+            *flags,
+            ("clips", Annotated[DataConfig, arg(name="data")], field(default_factory=lambda: run.data)),
+            ("settings", Annotated[type(settings), arg(name="")], field(default_factory=lambda: settings)),
+        ],
+        kw_only=True,
+    )
+    given = _parse(kind, rest if args else ["--help"], f"{command} RUN", description)
+    source.config = dataclasses.replace(
+        run,
+        data=given.clips,
+        device=given.device,
+        dtype=given.dtype,
+        backend=given.backend,
+        **{command: given.settings},
+    )
+    return source, given
+
+
+def _report(args: list[str]) -> None:
+    from tyro.conf import Positional, arg
+
+    kind = make_dataclass("Report", [("run", Annotated[Positional[Path], arg(help="run folder")])])
+    given = _parse(kind, args, "report", "One self-contained HTML page about a run.")
+    from jmm_fast.viz.report import write_report
+
+    print(f"report written to {write_report(given.run)}")
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
+    "doctor": (_doctor, "what is installed, which backends run here and why the others do not"),
+    "prepare": (_prepare, "make a clip store from raw data: prepare FORMAT RAW --out FILE"),
+    "inspect": (_inspect, "counts, lengths, classes and splits of a clip store"),
+    "pretrain": (_pretrain, "pretrain by masked motion prediction: pretrain RECIPE --data FILE --out RUN"),
+    "probe": (_probe, "linear evaluation of a run: probe RUN --data FILE"),
+    "knn": (_knn, "nearest neighbours on features or raw poses: knn RUN --data FILE"),
+    "finetune": (_finetune, "train the whole network with labels: finetune RUN --data FILE"),
+    "report": (_report, "one HTML page with the figures of a run: report RUN"),
+}
+
+
+def _parse(kind: type, args: list[str], command: str, description: str) -> Any:
+    """``args`` as the dataclass ``kind``; tyro's boxed complaint becomes one line.
+
+    Raises:
+        UserError: the arguments do not fit.
+        SystemExit: help was asked for and printed.
+    """
+    import tyro
+
+    complaint = io.StringIO()
+    prog = f"jmm-fast {command}"
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(kind, args=args, prog=prog, description=description)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(f"{_one_line(complaint.getvalue())}; see {prog} --help") from None
+
+
+def _one_line(box: str) -> str:
+    """The first statement of tyro's error box, with its first suggestion."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    rows = [line.strip().strip("│").strip() for line in plain.splitlines() if line.strip()[:1] not in ("╭", "╰", "")]
+    parts: list[list[str]] = [[]]
+    for row in rows:
+        if row and not row.strip("─"):
+            parts.append([])
+        else:
+            parts[-1].append(row)
+    text = " ".join(" ".join(parts[0]).split()).rstrip(".")
+    unknown = re.match(r"Unrecognized options: ([^\s,]+)", text)
+    if unknown:
+        text = f"unknown option {unknown[1]}"
+    missing = re.match(r"Missing from [^:]+: (--?[\w.\-]+|[A-Z]+)", text)
+    if missing:
+        text = f"{missing[1]} is missing"
+    for part in parts[1:]:
+        near = re.search(r"(--[\w.\-]+)", " ".join(part)) if part and part[0].startswith("Perhaps you meant") else None
+        if near:
+            text += f"; did you mean {near[1]}?"
+    return text[:1].lower() + text[1:] if text[1:2].islower() else text
+
+
+def _peek(args: list[str], option: str) -> str | None:
+    """Value of ``option`` in ``args`` before they are parsed: it decides the defaults of the others."""
+    for position, text in enumerate(args):
+        if text == option and position + 1 < len(args):
+            return args[position + 1]
+        if text.startswith(option + "="):
+            return text.partition("=")[2]
+    return None
+
+
+def _near(name: str, known: Sequence[str] | dict) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(known)}"
+
+
+def _first_sentence(function: Callable) -> str:
+    return " ".join((function.__doc__ or "").split(".")[0].split())
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,1 @@
+"""Pretraining and its evaluations: configs, the loop, and one thin driver per protocol."""

@@ -1,0 +1,162 @@
+"""Checkpoints: one safetensors file per kept step, checksummed, whole or absent.
+
+A file holds ``model/NAME`` and ``optimizer/NAME/KEY`` tensors; its header holds a JSON record (step, accumulators, data
+fingerprint) and the SHA-256 of everything, so that a file cut short or damaged on disk is recognised and passed over.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from jmm_fast.errors import UserError
+from jmm_fast.files import atomic_path
+
+_NAME = re.compile(r"step-(\d{9})\.safetensors")
+
+
+@dataclass(kw_only=True, slots=True)
+class Checkpoint:
+    """What :func:`load` read: the tensors by name, and the record that was saved with them."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    record: dict
+
+
+def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, record: dict, keep: int) -> Path:
+    """Write the checkpoint of ``step`` into ``folder`` and remove all but the newest ``keep``.
+
+    Raises:
+        UserError: the folder cannot be written or the disk is full.
+    """
+    tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
+    for name, state in _optimizer_state(optimizer).items():
+        tensors |= {f"optimizer/{name}/{key}": value for key, value in state.items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    text = json.dumps(record | {"step": step})
+    path = folder / f"step-{step:09d}.safetensors"
+    with atomic_path(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata={"record": text, "sha256": _digest(tensors, text)})
+        except SafetensorError as error:
+            # safetensors hides the system's error inside its own.
+            raise OSError(str(error)) from error
+    for old in steps(folder)[:-keep]:
+        (folder / f"step-{old:09d}.safetensors").unlink(missing_ok=True)
+    return path
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps whose checkpoints lie in ``folder``, ascending."""
+    found = (_NAME.fullmatch(path.name) for path in folder.glob("step-*.safetensors"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def load(path: Path) -> Checkpoint:
+    """Read and verify one checkpoint.
+
+    Raises:
+        UserError: missing, truncated or damaged; names the file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            # Copies: a view into the mapped file would change under us and need not be aligned.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+        record = json.loads(metadata["record"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise UserError(f"{path} is not a whole checkpoint: {' '.join(str(error).split())}") from error
+    if metadata.get("sha256") != _digest(tensors, metadata["record"]):
+        raise UserError(f"{path} is damaged: its checksum does not match")
+    return Checkpoint(path=path, tensors=tensors, record=record)
+
+
+def latest(folder: Path, say=print) -> Checkpoint | None:
+    """The newest checkpoint of ``folder`` that is whole; None when there is none at all.
+
+    Each one that is passed over is named through ``say``.
+
+    Raises:
+        UserError: there are checkpoints but all of them are damaged.
+    """
+    found = steps(folder)
+    for step in reversed(found):
+        try:
+            return load(folder / f"step-{step:09d}.safetensors")
+        except UserError as error:
+            say(f"{error}; trying the checkpoint before it")
+    if found:
+        raise UserError(f"{folder} holds no whole checkpoint ({len(found)} are damaged): start again with --overwrite")
+    return None
+
+
+def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Put the weights, and the optimiser's state, of ``checkpoint`` into ``model`` and ``optimizer``.
+
+    Raises:
+        UserError: the checkpoint belongs to a network of another shape; names the first tensor that differs.
+    """
+    load_weights(model, checkpoint.tensors, "model/", checkpoint.path)
+    if optimizer is None:
+        return
+    state: dict[int, dict[str, Tensor]] = {}
+    index = 0
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            prefix = f"optimizer/{name}/"
+            entries = {k.removeprefix(prefix): v for k, v in checkpoint.tensors.items() if k.startswith(prefix)}
+            for key, value in entries.items():
+                if value.ndim and value.shape != parameter.shape:
+                    raise UserError(
+                        f"{checkpoint.path}: {prefix}{key} is {list(value.shape)}, "
+                        f"this network needs {list(parameter.shape)}"
+                    )
+            if entries:
+                state[index] = entries
+            index += 1
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def load_weights(model: nn.Module, tensors: dict[str, Tensor], prefix: str, path: Path) -> None:
+    """Copy ``tensors`` under ``prefix`` into ``model``, all of them or :class:`UserError` naming the first misfit."""
+    found = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    wanted = model.state_dict()
+    for name, value in wanted.items():
+        if name not in found:
+            raise UserError(f"{path} holds no {name}: it belongs to a network of another shape")
+        if found[name].shape != value.shape:
+            raise UserError(
+                f"{path}: {name} is {list(found[name].shape)}, this network needs {list(value.shape)}: "
+                "it belongs to a network of another shape"
+            )
+    extra = next((name for name in found if name not in wanted), None)
+    if extra is not None:
+        raise UserError(f"{path} holds {extra}, which this network lacks: it belongs to a network of another shape")
+    model.load_state_dict(found)
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """Tensors of the optimiser's state by parameter name."""
+    found = {}
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            state = optimizer.state.get(parameter, {})
+            found[name] = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    return found
+
+
+def _digest(tensors: dict[str, Tensor], record: str) -> str:
+    digest = hashlib.sha256(record.encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

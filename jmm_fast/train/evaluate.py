@@ -1,0 +1,268 @@
+"""What the protocols share: the encoder to evaluate, its features, the score, and the record of it."""
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jmm_fast.data import BodyBatches, ClipStore, Split
+from jmm_fast.errors import UserError
+from jmm_fast.files import atomic_path, atomic_write_text
+from jmm_fast.models import JMMTGT, Encoder, load_encoder, pool
+from jmm_fast.ops.backend import OPS, choose
+from jmm_fast.train import checkpoint
+from jmm_fast.train.config import RunConfig, check_config, load_config
+from jmm_fast.train.loop import autocast
+from jmm_fast.train.metrics import Progress, read_lines
+
+EncoderKind = Literal["pretrained", "untrained"]
+
+
+@dataclass(kw_only=True, slots=True)
+class Source:
+    """Whose encoder is evaluated.
+
+    Attributes:
+        folder: the run, where results go.
+        config: of the run; for foreign weights, of a recipe, with the sizes that the weights have.
+        weights: file or folder of foreign weights; None for a run.
+    """
+
+    folder: Path
+    config: RunConfig
+    weights: Path | None = None
+
+    def encoder(self, kind: str, *, seed: int, drop_path: float = 0.0) -> Encoder:
+        """The pretrained encoder, or one of the same architecture with first weights from ``seed``."""
+        config = self.config
+        if kind != "pretrained":
+            torch.manual_seed(seed)
+            return Encoder(config.model, drop_path=drop_path, backend=config.backend)
+        if self.weights is not None:
+            return load_encoder(self.weights, heads=config.model.heads, drop_path=drop_path, backend=config.backend)
+        if (self.folder / "model" / "config.json").exists():
+            return load_encoder(self.folder, drop_path=drop_path, backend=config.backend)
+        # Still training, or stopped: the newest checkpoint holds the weights.
+        found = checkpoint.latest(self.folder / "checkpoints")
+        if found is None:
+            raise UserError(f"{self.folder} holds neither model/ nor a checkpoint: was it pretrained?")
+        model = JMMTGT(config.model, backend=config.backend)
+        checkpoint.restore(found, model)
+        encoder = Encoder(config.model, drop_path=drop_path, backend=config.backend)
+        encoder.load_state_dict(model.encoder.state_dict())
+        return encoder
+
+
+def open_source(path: Path, *, out: Path | None, fallback: RunConfig) -> Source:
+    """A run folder, or foreign weights (an authors' or MAMP ``.pth``, a model folder).
+
+    Args:
+        path: what to evaluate.
+        out: folder for the results; needed for foreign weights, the run itself otherwise.
+        fallback: settings for foreign weights, whose sizes replace those in ``fallback.model``.
+
+    Raises:
+        UserError: nothing there, no model in it, or ``out`` missing.
+    """
+    path = Path(path)
+    if (path / "config.yaml").is_file():
+        return Source(
+            folder=path if out is None else out,
+            config=load_config(path / "config.yaml"),
+            weights=None if out is None else path,
+        )
+    if not path.exists():
+        raise UserError(f"{path} does not exist: expected a run folder, a model folder or a checkpoint file")
+    if out is None:
+        raise UserError(f"{path} is no run folder: say with --out where the results go")
+    encoder = load_encoder(path, heads=fallback.model.heads)
+    return Source(folder=out, config=dataclasses.replace(fallback, model=encoder.config), weights=path)
+
+
+def open_data(path: Path, config: RunConfig, *, need_test: bool) -> tuple[ClipStore, Split, RunConfig]:
+    """The clips, their split, and ``config`` with joints and split as the data has them.
+
+    Raises:
+        UserError: unreadable data, unknown split, another number of joints than the config asks for, no test clip.
+    """
+    store = ClipStore.open(path)
+    split = store.split(config.data.split)
+    if need_test and len(split.test) == 0:
+        raise UserError(f"{path}: split {split.name!r} has no test clip to evaluate on")
+    data = dataclasses.replace(config.data, split=split.name)
+    config = dataclasses.replace(config, data=data)
+    check_config(config)
+    check_backend(config)
+    return store, split, config
+
+
+def check_backend(config: RunConfig) -> None:
+    """Refuse a backend that was asked for by name and cannot run every op, before anything is written."""
+    from jmm_fast.train.environment import device
+
+    probe = torch.empty(0, device=device(config.device))
+    for op in OPS:
+        try:
+            choose(op, config.backend, probe)
+        except ValueError as error:
+            raise UserError(f"backend is {config.backend!r}: {error}") from error
+
+
+def check_joints(config: RunConfig, store: ClipStore) -> None:
+    """Refuse clips with another number of joints than the network's."""
+    if store.skeleton.num_joints != config.model.num_joints:
+        raise UserError(
+            f"{store.path} has {store.skeleton.num_joints} joints ({store.skeleton.name}), "
+            f"the network has {config.model.num_joints} ({config.model.skeleton})"
+        )
+
+
+def batches(
+    store: ClipStore,
+    ids: Tensor,
+    config: RunConfig,
+    *,
+    train: bool,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    shuffle: bool | None = None,
+    drop_last: bool = False,
+) -> BodyBatches:
+    """Batches of ``ids`` as ``config.data`` wants them cut and turned."""
+    data = config.data
+    return BodyBatches(
+        store,
+        ids,
+        batch_size=batch_size,
+        window=config.model.num_frames,
+        train=train,
+        seed=seed,
+        shuffle=shuffle,
+        drop_last=drop_last,
+        crop=data.crop,
+        eval_crop=data.eval_crop,
+        min_length=data.min_length,
+        rotation=data.rotation,
+        modality=data.modality,
+        empty_bodies=data.empty_bodies,
+        device=device,
+        backend=config.backend,
+    )
+
+
+@torch.no_grad()
+def pooled_features(
+    encoder: Encoder, clips: BodyBatches, *, device: torch.device, dtype: str, title: str, epoch: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Features and labels of every clip, in the order of the batches.
+
+    Returns:
+        float32 ``[N,d]``, the mean over joints, time and bodies, and int64 ``[N]``; both on the CPU.
+    """
+    encoder.to(device).eval()
+    features, labels = [], []
+    with Progress(title, len(clips)) as progress:
+        for batch in clips.epoch(epoch):
+            with autocast(device, dtype):
+                tokens = encoder(batch.clips)
+            features.append(pool(tokens.float(), batch.clip_of_body, len(batch.index)).cpu())
+            labels.append(batch.labels.cpu())
+            progress.advance(len(batch.index))
+    return torch.cat(features), torch.cat(labels)
+
+
+@dataclass(kw_only=True, slots=True)
+class Score:
+    """How often the right class came first, or among the first five.
+
+    Attributes:
+        top1, top5: percent of the clips.
+        labels, predicted: int64 ``[N]``.
+        per_class: percent of each class's clips, NaN for a class without test clips; float64 ``[classes]``.
+        confusion: int64 ``[classes, classes]``, rows are true classes.
+    """
+
+    top1: float
+    top5: float
+    labels: np.ndarray
+    predicted: np.ndarray
+    per_class: np.ndarray
+    confusion: np.ndarray
+
+
+def score(ranking: Tensor, labels: Tensor, num_classes: int) -> Score:
+    """Score of a ranking of the classes.
+
+    Args:
+        ranking: int64 ``[N, k]``, the best classes of each clip, best first; ``k >= min(5, classes)``.
+        labels: int64 ``[N]``.
+    """
+    hits = ranking[:, :5] == labels[:, None]
+    truth, predicted = labels.numpy(), ranking[:, 0].numpy()
+    confusion = np.bincount(truth * num_classes + predicted, minlength=num_classes**2).reshape(num_classes, -1)
+    support = confusion.sum(axis=1)
+    per_class = np.full(num_classes, np.nan)
+    np.divide(100.0 * np.diag(confusion), support, out=per_class, where=support > 0)
+    return Score(
+        top1=100.0 * hits[:, 0].double().mean().item(),
+        top5=100.0 * hits.any(1).double().mean().item(),
+        labels=truth,
+        predicted=predicted,
+        per_class=per_class,
+        confusion=confusion,
+    )
+
+
+def rank(logits: Tensor) -> Tensor:
+    """Best five classes of each clip (all, when there are fewer), best first: int64 ``[N, min(5, classes)]``."""
+    return logits.topk(min(5, logits.shape[1]), dim=1).indices
+
+
+def record(folder: Path, store: ClipStore, split: Split, result: Score, **facts) -> dict:
+    """Write ``predictions/<protocol>-<encoder>.npz`` and append a line to ``evaluations.jsonl``.
+
+    Args:
+        facts: what else the line holds; ``protocol`` and ``encoder`` name the predictions.
+
+    Returns:
+        The line.
+    """
+    name = f"{facts['protocol']}-{facts['encoder']}"
+    with atomic_path(folder / "predictions" / f"{name}.npz") as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(
+            file,
+            labels=result.labels,
+            predicted=result.predicted,
+            class_names=np.array(store.class_names),
+            confusion=result.confusion,
+            per_class=result.per_class,
+            clip=split.test.numpy(),
+        )
+    line = {
+        **facts,
+        "top1": round(result.top1, 3),
+        "top5": round(result.top5, 3),
+        "test_clips": len(result.labels),
+        "split": split.name,
+        "data": store.fingerprint,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    path = folder / "evaluations.jsonl"
+    lines = [*read_lines(path), line]
+    atomic_write_text(path, "".join(json.dumps(item) + "\n" for item in lines))
+    return line
+
+
+def summary(line: dict) -> str:
+    """One line for the user."""
+    return (
+        f"{line['protocol']}, {line['encoder']} encoder: top-1 {line['top1']:.1f} %, top-5 {line['top5']:.1f} % "
+        f"({line['test_clips']} test clips, split {line['split']}, {line['seconds']:.0f} s)"
+    )

@@ -1,0 +1,157 @@
+"""Metrics as JSON lines and TensorBoard events, and what the user sees while a run works."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from jmm_fast.errors import UserError
+from jmm_fast.files import atomic_write_text
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Drop the lines of ``path`` that belong to steps after ``step``, and a last line that was cut short.
+
+    A run that continues from the checkpoint of ``step`` writes those steps again.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict) and record.get("step", 0) <= step:
+            kept.append(line + "\n")
+    atomic_write_text(path, "".join(kept))
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Objects of a JSON-lines file; a last line cut short by a crash is left out. Empty when the file is absent."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+class Metrics:
+    """Append-only writer of ``metrics.jsonl`` and, where TensorBoard is installed, of its events.
+
+    Each line goes to the system at once, so ``kill -9`` loses at most the line being written.
+
+    Args:
+        folder: the run; lines go to ``metrics.jsonl``, events to ``tensorboard/``.
+        step: step that the run continues from: later lines are cut, later events are marked as superseded.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, step: int = 0) -> None:
+        self.path = folder / "metrics.jsonl"
+        cut_after(self.path, step)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
+        self._events = _event_writer(folder / "tensorboard", step)
+
+    def write(self, kind: str, step: int, **values) -> None:
+        """Append one line and one event per number."""
+        try:
+            self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
+        if self._events is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float) and name != "time":
+                    self._events.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def _event_writer(folder: Path, step: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1)
+
+
+class Progress:
+    """A progress bar with throughput and time left on a terminal, plain lines elsewhere.
+
+    Args:
+        title: what is being done.
+        total: steps altogether.
+        done: steps that were done before (a resumed run).
+        every: seconds between plain lines.
+    """
+
+    def __init__(self, title: str, total: int, done: int = 0, every: float = 15.0) -> None:
+        self.title, self.total, self.done = title, total, done
+        self._every = every
+        self._began = self._said = time.monotonic()
+        self._fresh = 0
+        self._samples = 0
+        self._bar = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[speed]}"),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[left]}"),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task(title, total=total, completed=done, speed="", left="", note="")
+
+    def __enter__(self) -> "Progress":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, samples: int, note: str = "") -> None:
+        """One step with ``samples`` clips is done; ``note`` is a few words such as the loss."""
+        self.done += 1
+        self._fresh += 1
+        self._samples += samples
+        now = time.monotonic()
+        last = self.done >= self.total
+        if self._bar is None and now - self._said < self._every and not (last and now - self._began >= 1.0):
+            return
+        seconds = max(now - self._began, 1e-9)
+        speed = f"{self._samples / seconds:.1f} samples/s"
+        left = f"{_clock((self.total - self.done) * seconds / self._fresh)} left"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, speed=speed, left=left, note=note)
+        else:
+            self._said = now
+            print(f"{self.title}: step {self.done}/{self.total}  {note}  {speed}  {left}", file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

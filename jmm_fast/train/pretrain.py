@@ -1,0 +1,184 @@
+"""Masked motion pretraining: the driver behind ``jmm-fast pretrain``."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from jmm_fast import ops
+from jmm_fast import skeleton as layouts
+from jmm_fast.data import ClipStore
+from jmm_fast.errors import UserError
+from jmm_fast.models import JMMTGT, ModelConfig
+from jmm_fast.train import environment
+from jmm_fast.train.config import FREE_ON_RESUME, RunConfig, differences, load_config, save_config, to_dict
+from jmm_fast.train.evaluate import batches, check_joints, open_data
+from jmm_fast.train.loop import LoopConfig, fit
+from jmm_fast.train.optim import adamw
+
+# All that a run leaves in its folder: what --overwrite removes. config.yaml, which tells a run from any other folder,
+# goes last: an interrupted removal can be repeated.
+CONTENTS = (
+    "environment.json",
+    "metrics.jsonl",
+    "evaluations.jsonl",
+    "tensorboard",
+    "checkpoints",
+    "model",
+    "figures",
+    "predictions",
+    "finetune",
+    "report.html",
+    "config.yaml",
+)
+
+
+def pretrain(
+    config: RunConfig,
+    *,
+    data: Path,
+    out: Path,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Pretrain a model on the training clips of a split.
+
+    Leaves ``config.yaml``, ``environment.json``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/`` and ``model/``
+    in ``out``. Deterministic on the CPU for a number of threads; a resumed run ends with the weights of one that was
+    never interrupted, bit for bit.
+
+    Args:
+        config: what to train; joints follow the data where the config leaves them at the default layout.
+        data: a clip store.
+        out: the run folder.
+        resume: continue from the newest checkpoint; everything that decides the weights must be as before.
+        overwrite: remove the run that is there.
+
+    Raises:
+        UserError: bad data, config or folder; another config or other data than the run that is resumed.
+        Stopped: on SIGINT or SIGTERM, with the checkpoint saved.
+    """
+    data, out = Path(data), Path(out)
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other: continue the run or remove it")
+    device = environment.device(config.device)
+    store, split, config = open_data(data, config, need_test=False)
+    config = dataclasses.replace(config, model=_with_layout(config.model, store))
+    check_joints(config, store)
+    _prepare_folder(out, config, resume=resume, overwrite=overwrite)
+
+    torch.manual_seed(config.seed)
+    model = JMMTGT(config.model, backend=config.backend).to(device)
+    optimizer = adamw(model, config.optim)
+    clips = batches(
+        store,
+        split.train,
+        config,
+        train=True,
+        batch_size=config.data.batch_size,
+        seed=config.seed,
+        device=device,
+        drop_last=len(split.train) > config.data.batch_size,
+    )
+
+    def loss_of(batch, epoch: int) -> torch.Tensor:
+        mask = ops.motion_mask(
+            batch.clips,
+            mask_ratio=config.mask.mask_ratio,
+            tau=config.mask.tau,
+            t_patch=config.model.t_patch,
+            variant=config.mask.variant,
+            gate=config.mask.gate,
+            seed=config.seed,
+            epoch=epoch,
+            clip_ids=batch.clip_ids,
+            backend=config.backend,
+        )
+        return ops.motion_loss(
+            model(batch.clips, mask).float(),
+            batch.clips,
+            mask.mask,
+            t_patch=config.model.t_patch,
+            stride=config.loss.stride,
+            normalize=config.loss.normalize,
+            backend=config.backend,
+        )
+
+    save_config(out / "config.yaml", config)
+    environment.record(out / "environment.json", environment.describe(store, device))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    say(
+        f"pretraining {config.recipe} ({config.mask.variant}, topology {config.model.topology}, {parameters:,} "
+        f"parameters) on {len(split.train)} clips of {data}, {len(clips)} steps an epoch, {config.epochs} epochs"
+    )
+    fit(
+        model,
+        optimizer,
+        clips,
+        loss_of,
+        config=LoopConfig(
+            epochs=config.epochs,
+            warmup_epochs=config.warmup_epochs,
+            optim=config.optim,
+            seed=config.seed,
+            dtype=config.dtype,
+            log_every=config.log_every,
+            checkpoint_every=config.checkpoint_every,
+            keep=config.keep,
+        ),
+        folder=out,
+        device=device,
+        title="pretrain",
+        fingerprint=store.fingerprint,
+        resume=resume,
+        say=say,
+    )
+    model.save_pretrained(out / "model")
+    say(f"model written to {out / 'model'}")
+    return out
+
+
+def _prepare_folder(out: Path, config: RunConfig, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that holds something else, a run that nobody said what to do with, or another run's config."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: --out needs a folder")
+    held = sorted(path.name for path in out.iterdir() if not path.name.startswith(".")) if out.exists() else []
+    if not held:
+        return
+    if "config.yaml" not in held:
+        raise UserError(f"{out} is not empty and holds no run (it has {held[0]}): choose another --out")
+    if overwrite:
+        for name in CONTENTS:
+            path = out / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        return
+    if not resume:
+        raise UserError(f"{out} already holds a run: --resume continues it, --overwrite removes it")
+    before, now = to_dict(load_config(out / "config.yaml")), to_dict(config)
+    for name in FREE_ON_RESUME:
+        before.pop(name), now.pop(name)
+    changed = differences(before, now)
+    if changed:
+        name, old, new = changed[0]
+        raise UserError(f"{out} was started with {name} = {old}, not {new}: a resumed run keeps its settings")
+
+
+def _with_layout(model: ModelConfig, store: ClipStore) -> ModelConfig:
+    """``model`` with the joints of the data, unless another layout than the default was asked for."""
+    default = ModelConfig()
+    if (model.skeleton, model.parents, model.num_joints) != (default.skeleton, default.parents, default.num_joints):
+        return model
+    skeleton = store.skeleton
+    known = skeleton.name in layouts.names() and layouts.get(skeleton.name).parents == skeleton.parents
+    return dataclasses.replace(
+        model,
+        skeleton=skeleton.name,
+        parents=None if known else skeleton.parents,
+        num_joints=skeleton.num_joints,
+    )

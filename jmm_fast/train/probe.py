@@ -1,0 +1,178 @@
+"""Linear evaluation: the driver behind ``jmm-fast probe``."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from jmm_fast.errors import UserError
+from jmm_fast.models import LinearProbe
+from jmm_fast.train import environment
+from jmm_fast.train.config import ProbeConfig
+from jmm_fast.train.evaluate import (
+    EncoderKind,
+    Source,
+    batches,
+    check_joints,
+    open_data,
+    pooled_features,
+    rank,
+    record,
+    score,
+    summary,
+)
+from jmm_fast.train.loop import autocast, step_seed
+from jmm_fast.train.metrics import Progress
+from jmm_fast.train.optim import set_learning_rate
+from jmm_fast.train.schedule import learning_rate
+
+
+def probe(
+    source: Source, *, data: Path, encoder: EncoderKind = "pretrained", say: Callable[[str], None] = print
+) -> dict:
+    """Train a linear classifier on the frozen encoder's pooled features and score it on the test clips.
+
+    ``Linear(BatchNorm(mean over bodies, time and joints))``, SGD with momentum, half a cosine; settings:
+    ``source.config.probe``. With ``features="online"`` each epoch sees new crops and rotations (the released protocol);
+    with ``"cached"`` features are extracted once, of the centre crop or of ``augment_views`` random views. The score is
+    that of the last epoch. Deterministic on the CPU for a number of threads.
+
+    Args:
+        source: from :func:`jmm_fast.train.evaluate.open_source`.
+        data: a clip store.
+        encoder: the pretrained one, or the same architecture with random first weights.
+
+    Returns:
+        The line written to ``evaluations.jsonl``.
+    """
+    began = time.monotonic()
+    store, split, config = open_data(data, source.config, need_test=True)
+    settings = config.probe
+    check_joints(config, store)
+    if len(split.train) < 2:
+        raise UserError(f"{data}: split {split.name!r} has {len(split.train)} training clips, a probe needs at least 2")
+    device = environment.device(config.device)
+    backbone = source.encoder(encoder, seed=settings.seed)
+    torch.manual_seed(step_seed(settings.seed, 0))
+    model = LinearProbe(backbone, store.num_classes).to(device)
+
+    batch_size = min(settings.batch_size, len(split.train))
+    views = batches(
+        store, split.train, config, train=True, batch_size=batch_size, seed=settings.seed, device=device, drop_last=True
+    )
+    if settings.features == "online":
+        steps = len(views)
+        epochs = _online(model, views, device, config.dtype)
+    else:
+        features, labels = _cached(model, store, split.train, config, device)
+        steps = len(split.train) // batch_size
+        epochs = _shuffled(features, labels, batch_size, settings.seed)
+    _train_head(model, epochs, steps, settings, device, say)
+
+    model.eval()
+    test = batches(store, split.test, config, train=False, batch_size=2 * batch_size, seed=0, device=device)
+    features, labels = pooled_features(
+        model.encoder, test, device=device, dtype=config.dtype, title="features of test clips"
+    )
+    with torch.no_grad():
+        logits = model.head(features.to(device)).cpu()
+    line = record(
+        source.folder,
+        store,
+        split,
+        score(rank(logits), labels, store.num_classes),
+        protocol="linear",
+        encoder=encoder,
+        epochs=settings.epochs,
+        features=settings.features,
+        augment_views=settings.augment_views if settings.features == "cached" else None,
+        train_clips=len(split.train),
+        seed=settings.seed,
+        seconds=round(time.monotonic() - began, 1),
+    )
+    say(summary(line))
+    return line
+
+
+def _online(model: LinearProbe, views, device: torch.device, dtype: str) -> Callable[[int], Iterator]:
+    def epoch(number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in views.epoch(number):
+            with autocast(device, dtype):
+                features = model.features(batch.clips, batch.clip_of_body, len(batch.index))
+            yield features.float(), batch.labels
+
+    return epoch
+
+
+def _cached(model: LinearProbe, store, ids: Tensor, config, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Features ``[views, N, d]`` and labels ``[N]``, on the device."""
+    settings = config.probe
+    random = settings.augment_views > 0
+    clips = batches(
+        store,
+        ids,
+        config,
+        train=random,
+        batch_size=2 * settings.batch_size,
+        seed=settings.seed,
+        device=device,
+        shuffle=False,
+    )
+    views = []
+    for view in range(max(1, settings.augment_views)):
+        title = f"features of view {view + 1}/{settings.augment_views}" if random else "features of training clips"
+        features, labels = pooled_features(
+            model.encoder, clips, device=device, dtype=config.dtype, title=title, epoch=view
+        )
+        views.append(features)
+    return torch.stack(views).to(device), labels.to(device)
+
+
+def _shuffled(features: Tensor, labels: Tensor, batch_size: int, seed: int) -> Callable[[int], Iterator]:
+    def epoch(number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        view = features[number % len(features)]
+        generator = torch.Generator().manual_seed(step_seed(seed, number))
+        order = torch.randperm(len(labels), generator=generator).to(labels.device)
+        for chosen in order[: len(order) // batch_size * batch_size].split(batch_size):
+            yield view[chosen], labels[chosen]
+
+    return epoch
+
+
+def _train_head(
+    model: LinearProbe,
+    epochs: Callable[[int], Iterator],
+    steps: int,
+    settings: ProbeConfig,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> None:
+    optimizer = torch.optim.SGD(
+        model.linear.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+    )
+    model.train()
+    step = 0
+    with Progress("linear probe", settings.epochs * steps) as progress:
+        for epoch in range(settings.epochs):
+            for features, labels in epochs(epoch):
+                set_learning_rate(
+                    optimizer,
+                    learning_rate(
+                        step / steps,
+                        lr=settings.lr,
+                        min_lr=settings.min_lr,
+                        warmup_epochs=settings.warmup_epochs,
+                        epochs=settings.epochs,
+                    ),
+                )
+                loss = functional.cross_entropy(model.head(features), labels)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                step += 1
+                progress.advance(len(labels), f"epoch {epoch + 1}/{settings.epochs}")
+    if not torch.isfinite(model.linear.weight).all():
+        raise UserError(f"the linear probe diverged at learning rate {settings.lr}: try a smaller lr")
