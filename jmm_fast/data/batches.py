@@ -37,9 +37,10 @@ class ClipBatch:
 class BodyBatches:
     """The batches of an epoch over some clips of a store.
 
-    Training: keep a share ``p ~ U[crop]`` of the clip, ``max(min(min_length, n), floor(n p))`` of its ``n`` frames, from a
-    random start; one rotation ``Rz(c) Ry(b) Rx(a)``, angles ``U[-rotation, rotation]`` radians. Evaluation: the middle
-    ``eval_crop`` of the clip, ``begin = int((1 - eval_crop) n / 2)``, no rotation. Both resample to ``window`` frames.
+    Training: keep a share ``p ~ U[crop]`` of the clip, ``max(min(min_length, n), floor(n p))`` of its ``n`` frames,
+    from a random start; one rotation ``Rz(c) Ry(b) Rx(a)``, angles ``U[-rotation, rotation]`` radians. Evaluation: the
+    middle ``eval_crop`` of the clip, ``begin = int((1 - eval_crop) n / 2)``, no rotation. Both resample to ``window``
+    frames.
     Bodies of a clip share crop and rotation. Order, crop and rotation are Philox draws of (seed, epoch, clip index):
     independent of batch size, of the other clips, of ``start`` and of the device.
 

@@ -1,7 +1,8 @@
 """The clip store: one memory-mapped ``.safetensors`` file per data set.
 
-Tensors: ``frames`` float32 ``[F, V, 3]`` in metres; ``offsets`` int64 ``[N + 1]``, rows of each clip; ``body_offsets``
-int64 ``[M + 1]``, rows of each body; ``labels`` int64 ``[N]``; ``column/NAME`` ``[N]``, whatever else is known of a clip.
+Tensors: ``frames`` float32 ``[F, V, 3]`` in metres; ``offsets`` int64 ``[N + 1]``, rows of each clip;
+``body_offsets`` int64 ``[M + 1]``, rows of each body; ``labels`` int64 ``[N]``; ``column/NAME`` ``[N]``, whatever else
+is known of a clip.
 The rows of a clip are its bodies one after the other, all with the same number of frames; a body's rows are zero where
 it is absent. The header holds the joint layout, class names, names of column codes, splits, clip names, frame rate and
 provenance as JSON. No pickle, no zero padding.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jmm_fast.data.readers import npz, ragged
+from jmm_fast.data.readers import npz, ragged, synthetic
 from jmm_fast.data.store import StoreContents, write_store
 from jmm_fast.errors import UserError
 
@@ -43,6 +43,13 @@ READERS = {
             help="dense .npz of MAMP, CTR-GCN, JMM-TGT: x_train, y_train, x_test, y_test, zero padded",
             options=npz.NpzOptions,
             read=npz.read,
+        ),
+        Reader(
+            name="synthetic",
+            help="made-up actions of an articulated NTU-25 figure; needs no input",
+            options=synthetic.SyntheticOptions,
+            read=synthetic.read,
+            needs_input=False,
         ),
     )
 }

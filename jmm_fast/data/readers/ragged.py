@@ -42,11 +42,12 @@ class RaggedOptions(common.CommonOptions):
 def read(path: Path, options: RaggedOptions | None = None, **fields: Any) -> StoreContents:
     """Read a ragged ``.npz``.
 
-    Arrays: ``frames`` float32 ``[F, V, 3]`` metres, ``offsets`` int ``[N + 1]``, ``labels`` int ``[N]``, ``label_names``,
-    ``joint_names`` ``[V]``, ``parents`` ``[V]`` (-1 = root), optional ``fps``, ``ntu25_index`` ``[25]``, and any further
-    ``[N]`` column with optional ``COLUMN_names`` for its codes; text columns get codes of their own, and ``source`` or
-    ``names`` names the clips. Two people: ``body_offsets`` divides a clip's rows between bodies, or clips that share a
-    ``sample`` id are the bodies of one clip. A body that is shorter than another of its clip is absent (zero) at the end.
+    Arrays: ``frames`` float32 ``[F, V, 3]`` metres, ``offsets`` int ``[N + 1]``, ``labels`` int ``[N]``,
+    ``label_names``, ``joint_names`` ``[V]``, ``parents`` ``[V]`` (-1 = root), optional ``fps``, ``ntu25_index``
+    ``[25]``, and any further ``[N]`` column with optional ``COLUMN_names`` for its codes; text columns get codes of
+    their own, and ``source`` or ``names`` names the clips. Two people: ``body_offsets`` divides a clip's rows between
+    bodies, or clips that share a ``sample`` id are the bodies of one clip. A body shorter than another of its clip is
+    absent (zero) at the end.
 
     Args:
         path: the file.
