@@ -246,11 +246,19 @@ def _evaluation(command: str, args: list[str], encoders: Any, description: str, 
 def _report(args: list[str]) -> None:
     from tyro.conf import Positional, arg
 
-    kind = make_dataclass("Report", [("run", Annotated[Positional[Path], arg(help="run folder")])])
+    kind = make_dataclass(
+        "Report",
+        [
+            ("run", Annotated[Positional[Path], arg(help="run folder")]),
+            ("data", Annotated[Path | None, arg(help="clip store for the pictures (default: the run's)")], None),
+            ("out", Annotated[Path | None, arg(help="file to write (default: RUN/report.html)")], None),
+        ],
+        kw_only=True,
+    )
     given = _parse(kind, args, "report", "One self-contained HTML page about a run.")
     from jmm_fast.viz.report import write_report
 
-    print(f"report written to {write_report(given.run)}")
+    print(f"report written to {write_report(given.run, given.out, given.data)}")
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {

@@ -161,7 +161,7 @@ SCRIPT = (
       for (let v = 0; v < clip.joints; v++) {
         const o = (frame * clip.joints + v) * 3, p = body.poses;
         at.push(see(p[o] * clip.unit, p[o + 1] * clip.unit, p[o + 2] * clip.unit));
-        things.push([at[v][2] + .02, "joint", at[v], body, v]);
+        things.push([at[v][2] + .06, "joint", at[v], body, v]);
         places.push([at[v][0], at[v][1], which, v]);
       }
       for (const [a, b] of clip.bones) things.push([(at[a][2] + at[b][2]) / 2, "bone", at[a], at[b]]);

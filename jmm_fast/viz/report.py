@@ -477,8 +477,9 @@ _MASK_WORDS = {
     "released": "The draw prefers joints that move much from one token to the next.",
     "mamp": "The draw prefers joints that move much from one token to the next.",
     "paper": (
-        "The draw prefers joints that move much and whose course follows that of the token before; where that "
-        "correlation breaks off, as at a turn of the movement, a token is likelier to stay."
+        "A token's weight grows with how far its joint moved since the token before and with how well its coordinates "
+        "correlate with that token's; the correlation is close to one for most tokens, and where it is lost the weight "
+        "drops."
     ),
 }
 
