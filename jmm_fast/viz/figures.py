@@ -280,7 +280,7 @@ def masked_clip(
 
     left, right, width = 1.35, 0.25, 11.0
     plot_width = width - left - right
-    columns = np.round((np.arange(snapshots) + 0.5) / snapshots * steps - 0.5).astype(int)
+    columns = np.floor((np.arange(snapshots) + 0.5) / snapshots * steps).astype(int)
     taken = np.minimum(columns * t_patch + t_patch // 2, frames - 1)
     # Each figure stands in the middle of its share of the width; the marks above the grid say which column it shows.
     shown = across[taken] - 0.5 * (across[taken].max(axis=1) + across[taken].min(axis=1))[:, None]
@@ -445,7 +445,7 @@ def view_yaw(poses: np.ndarray, skeleton: Skeleton) -> float:
     yaw = np.arctan2(z, x)
     if skeleton.pairs:
         pairs = np.array(skeleton.pairs)
-        left = np.median((flat[:, pairs[:, 0]] - flat[:, pairs[:, 1]]).mean(axis=1), axis=0)
+        left = (flat[:, pairs[:, 0]] - flat[:, pairs[:, 1]]).mean(axis=(0, 1))
         # A body that faces the viewer has its left on the right of the image: its frontal yaw is the angle of `left`.
         off_front = np.angle(np.exp(1j * (yaw - np.arctan2(left[1], left[0]))))
         if abs(off_front) > np.pi / 2:
