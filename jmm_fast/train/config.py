@@ -18,6 +18,7 @@ from tyro.conf import arg
 from jmm_fast.errors import UserError
 from jmm_fast.files import atomic_write_text
 from jmm_fast.models import ModelConfig
+from jmm_fast.reference import num_visible
 
 Variant = Literal["released", "paper", "mamp"]
 
@@ -268,8 +269,6 @@ def check_config(config: RunConfig) -> None:
     Raises:
         UserError: names the field, its value and what was expected.
     """
-    from jmm_fast.ops.motion_mask import num_visible
-
     model, mask, data, loss = config.model, config.mask, config.data, config.loss
     fine = config.finetune
     model.check()

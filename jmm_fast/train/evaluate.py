@@ -16,7 +16,7 @@ from jmm_fast.errors import UserError
 from jmm_fast.files import atomic_path, atomic_write_text
 from jmm_fast.models import JMMTGT, Encoder, load_encoder, pool
 from jmm_fast.ops.backend import OPS, choose
-from jmm_fast.train import checkpoint
+from jmm_fast.train import checkpoint, environment
 from jmm_fast.train.config import RunConfig, check_config, load_config
 from jmm_fast.train.loop import autocast
 from jmm_fast.train.metrics import Progress, read_lines
@@ -104,9 +104,7 @@ def open_data(path: Path, config: RunConfig, *, need_test: bool) -> tuple[ClipSt
 
 def check_backend(config: RunConfig) -> None:
     """Refuse a backend that was asked for by name and cannot run every op, before anything is written."""
-    from jmm_fast.train.environment import device
-
-    probe = torch.empty(0, device=device(config.device))
+    probe = torch.empty(0, device=environment.device(config.device))
     for op in OPS:
         try:
             choose(op, config.backend, probe)
@@ -225,16 +223,16 @@ def rank(logits: Tensor) -> Tensor:
     return logits.topk(min(5, logits.shape[1]), dim=1).indices
 
 
-def record(folder: Path, store: ClipStore, split: Split, result: Score, **facts) -> dict:
-    """Write ``predictions/<protocol>-<encoder>.npz`` and append a line to ``evaluations.jsonl``.
+def record(folder: Path, store: ClipStore, split: Split, result: Score, *, name: str, **facts) -> dict:
+    """Write ``predictions/<name>.npz`` and append a line to ``evaluations.jsonl``.
 
     Args:
-        facts: what else the line holds; ``protocol`` and ``encoder`` name the predictions.
+        name: of the predictions; a later evaluation of the same name replaces them, its line is appended.
+        facts: what else the line holds.
 
     Returns:
         The line.
     """
-    name = f"{facts['protocol']}-{facts['encoder']}"
     with atomic_path(folder / "predictions" / f"{name}.npz") as temporary, open(temporary, "wb") as file:
         np.savez_compressed(
             file,
@@ -251,7 +249,9 @@ def record(folder: Path, store: ClipStore, split: Split, result: Score, **facts)
         "top5": round(result.top5, 3),
         "test_clips": len(result.labels),
         "split": split.name,
+        "predictions": f"predictions/{name}.npz",
         "data": store.fingerprint,
+        "commit": environment.commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     path = folder / "evaluations.jsonl"
@@ -262,7 +262,9 @@ def record(folder: Path, store: ClipStore, split: Split, result: Score, **facts)
 
 def summary(line: dict) -> str:
     """One line for the user."""
+    what = "raw poses" if line["encoder"] == "raw" else f"{line['encoder']} encoder"
     return (
-        f"{line['protocol']}, {line['encoder']} encoder: top-1 {line['top1']:.1f} %, top-5 {line['top5']:.1f} % "
-        f"({line['test_clips']} test clips, split {line['split']}, {line['seconds']:.0f} s)"
+        f"{line['protocol']}, {what}: top-1 {line['top1']:.1f} %, top-5 {line['top5']:.1f} % "
+        f"({line['train_clips']} training clips, {line['test_clips']} test clips, split {line['split']}, "
+        f"{line['seconds']:.0f} s)"
     )

@@ -86,6 +86,7 @@ def finetune(
         return {"top1": result.top1, "top5": result.top5}
 
     save_config(folder / "config.yaml", config)
+    environment.record(folder / "environment.json", environment.describe(store, device))
     say(
         f"finetuning the {encoder} encoder on {len(train)} of {len(split.train)} training clips of {data}, "
         f"{len(clips)} steps an epoch, {settings.epochs} epochs"
@@ -121,8 +122,9 @@ def finetune(
         store,
         split,
         result,
+        name=f"finetune-{encoder}{part}",
         protocol="finetune",
-        encoder=f"{encoder}{part}",
+        encoder=encoder,
         labels=settings.labels,
         epochs=settings.epochs,
         **({"best_top1": round(best, 3), "best_epoch": best_epoch} if settings.eval_every else {}),

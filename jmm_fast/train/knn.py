@@ -81,6 +81,7 @@ def knn(
         store,
         split,
         score(ranking, store.labels[split.test], store.num_classes),
+        name=f"knn-{'raw' if raw else encoder}",
         protocol="knn",
         encoder="raw" if raw else encoder,
         k=settings.k,
@@ -122,9 +123,9 @@ def neighbour_ranking(similarity: Tensor, labels: Tensor, k: int, num_classes: i
 def raw_poses(store: ClipStore, ids: Tensor, frames: int, root: str = "first") -> Tensor:
     """Whole clips as plain vectors.
 
-    Each body is resampled to ``frames`` frames. The joint that the first body's hips hang from, where it is in the first
-    frame or in each, is subtracted, and everything is turned about the vertical (y) axis so that the first body's hip
-    line points along x in the first frame.
+    Each body is resampled to ``frames`` frames. The joint that the first body's hips hang from, where it is in the
+    first frame or in each, is subtracted, and everything is turned about the vertical (y) axis so that the first body's
+    hip line points along x in the first frame.
 
     Args:
         ids: int64, clips.

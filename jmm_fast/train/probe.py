@@ -84,6 +84,7 @@ def probe(
         store,
         split,
         score(rank(logits), labels, store.num_classes),
+        name=f"linear-{encoder}",
         protocol="linear",
         encoder=encoder,
         epochs=settings.epochs,
