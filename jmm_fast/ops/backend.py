@@ -26,8 +26,8 @@ def _extension_reason(schema: str) -> str | None:
     except ImportError as error:
         record = Path(__file__).parents[1] / "_build.json"
         try:
-            reason = json.loads(record.read_text()).get("reasons", {}).get("_C")
-        except (OSError, ValueError):
+            reason = json.loads(record.read_text())["targets"]["_C"]["reason"]
+        except (OSError, ValueError, KeyError):
             reason = None
         return f"the C++ extension is not installed ({reason or error})"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"jmm_fast::{schema}", "CPU"):

@@ -1,0 +1,276 @@
+"""The C++ kernel of topology attention against the formula in float64, for every instruction set of this machine."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from jmm_fast import ops
+
+native = pytest.importorskip("jmm_fast._C", reason="the C++ extension is not built", exc_type=ImportError)
+
+EPS = torch.finfo(torch.float32).eps
+NAMES = ("out", "dq", "dk", "dv", "dtable")
+
+
+@pytest.fixture(params=native.isas())
+def isa(request):
+    before = native.isa()
+    native.set_isa(request.param)
+    yield request.param
+    native.set_isa(before)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """Every tensor that torch leaves uninitialised is full of NaN: an element the kernel forgets is seen."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def formula(q, k, v, table, joints, mode, scale):
+    scores = scale * torch.einsum("bhid,bhjd->bhij", q, k)
+    if table is not None:
+        joints = joints.expand(q.shape[0], -1)
+        term = torch.stack([table[:, joint][:, :, joint] for joint in joints])
+        scores = scores * term if mode == "scale" else scores + term
+    return torch.softmax(scores, -1) @ v
+
+
+def results(function, inputs, grad_out):
+    """Output and gradient of every input that is there."""
+    leaves = [x.detach().requires_grad_() if x is not None else None for x in inputs]
+    out = function(*leaves)
+    grads = torch.autograd.grad(out, [x for x in leaves if x is not None], grad_out)
+    return [out.detach(), *grads]
+
+
+def check(q, k, v, table, joints, mode="add", scale=None, grad_out=None):
+    """Parity: at most twice the error of the same formula in float32 plus the rounding of the largest result.
+
+    Three times for gradients: their chain is twice as long and starts from a logarithm of sums rounded to float32.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    grad_out = torch.randn_like(q) if grad_out is None else grad_out
+    inputs = (q, k, v, table)
+    ours = results(
+        lambda *x: ops.topology_attention(*x, joints, mode=mode, scale=scale, backend="cpu"), inputs, grad_out
+    )
+    single = results(lambda *x: formula(*x, joints, mode, scale), inputs, grad_out)
+    exact = results(
+        lambda *x: formula(*x, joints, mode, scale),
+        [x.double() if x is not None else None for x in inputs],
+        grad_out.double(),
+    )
+    for name, a, b, c in zip(NAMES, ours, single, exact, strict=False):
+        assert a.isfinite().all(), name
+        error = (a.double() - c).abs().max().item()
+        bound = (b.double() - c).abs().max().item() + EPS * c.abs().max().item()
+        assert error <= (2 if name == "out" else 3) * bound, f"{name}: error {error:.3g}, bound {bound:.3g}"
+    return ours
+
+
+def problem(length, *, dim=32, bodies=2, heads=2, joints=25, joints_of="grid", mode="add"):
+    q, k, v = (torch.randn(bodies, heads, length, dim) for _ in range(3))
+    if mode is None:
+        return q, k, v, None, None
+    table = torch.randn(heads, joints, joints) + (1 if mode == "scale" else 0)
+    token_joints = torch.randint(0, joints, (bodies, length)) if joints_of == "body" else torch.arange(length) % joints
+    return q, k, v, table, token_joints
+
+
+@pytest.mark.parametrize("mode", ["add", "scale", None])
+@pytest.mark.parametrize("length", [1, 63, 74, 75, 127, 250, 375, 750])
+def test_parity_over_lengths(isa, length, mode):
+    bodies = 2 if length < 200 else 1
+    joints_of = "body" if length in (1, 74, 127, 375) else "grid"
+    check(*problem(length, bodies=bodies, joints_of=joints_of, mode=mode), mode=mode or "add")
+
+
+@pytest.mark.parametrize("dim", [1, 3, 8, 16, 20, 33, 64, 128])
+def test_parity_over_head_widths(isa, dim):
+    check(*problem(77, dim=dim, joints_of="body"))
+
+
+@pytest.mark.parametrize("rows", range(1, 60, 7))
+def test_every_tail_of_the_tiles(isa, rows):
+    check(*problem(rows, dim=12, heads=4))
+
+
+def test_packed_and_repeated_inputs(isa):
+    packed = torch.randn(2, 75, 3, 4, 32)
+    q, k, v = packed.permute(2, 0, 3, 1, 4)
+    _, _, _, table, joints = problem(75, heads=4)
+    check(q, k, v, table, joints, grad_out=torch.randn(2, 1, 1, 32).expand_as(q))
+    check(q[:1].expand_as(q), k[:, :1].expand_as(k), v[..., :1].expand_as(v), table[:1].expand_as(table), joints)
+    check(
+        q.transpose(2, 3).contiguous().transpose(2, 3),
+        k.flip(2),
+        v,
+        table.transpose(1, 2),
+        joints.repeat_interleave(2)[::2],
+    )
+
+
+def test_nothing_outside_the_inputs_is_read(isa):
+    def ringed(x):
+        ring = torch.full([n + 2 for n in x.shape], float("nan"))
+        inner = ring[tuple(slice(1, -1) for _ in x.shape)]
+        return inner.copy_(x)
+
+    q, k, v, table, joints = problem(63, dim=20)
+    around = torch.full((65,), -(2**40))
+    around[1:-1] = joints
+    grad_out = ringed(torch.randn_like(q))
+    q, k, v, table = map(ringed, (q, k, v, table))
+    check(q, k, v, table, around[1:-1], grad_out=grad_out)
+
+
+def test_nothing_is_left_from_the_call_before(isa):
+    q, k, v, table, joints = problem(100)
+    clean = check(q, k, v, table, joints, grad_out=torch.ones_like(q))
+    bad = torch.full((2, 2, 640, 64), float("nan"))
+    out = ops.topology_attention(bad.requires_grad_(), bad, bad, backend="cpu")
+    assert out.isnan().all()
+    out.sum().backward()
+    again = check(q, k, v, table, joints, grad_out=torch.ones_like(q))
+    assert all(torch.equal(a, b) for a, b in zip(clean, again, strict=True))
+
+
+def test_a_maximum_that_keeps_rising_over_the_key_blocks(isa):
+    q, k, v, table, joints = problem(900, bodies=1, heads=1)
+    k = k + torch.linspace(0, 3, 900)[:, None] * q.mean(2, keepdim=True).sign()
+    check(q + 2 * q.mean(2, keepdim=True).sign(), k, v, table, joints)
+
+
+def test_pairs_that_are_shut_out_get_no_weight(isa):
+    q, k, v, table, joints = problem(750, bodies=1)
+    table[:, :, 3] = float("-inf")
+    # A whole key block can be shut out for a query: the first block must not leave a trace in the running sums.
+    joints = torch.where(torch.arange(750) < 400, 3, joints)
+    out = ops.topology_attention(q, k, v, table, joints, backend="cpu")
+    keep = joints != 3
+    expected = formula(q, k, v, table, joints, "add", 32**-0.5)
+    torch.testing.assert_close(out, expected)
+    changed = ops.topology_attention(q, k, torch.where(keep[:, None], v, 1e6), table, joints, backend="cpu")
+    assert torch.equal(out, changed)
+
+
+def test_large_scores_do_not_overflow(isa):
+    q, k, v, table, joints = problem(75)
+    q, k = q * 40, k * 40
+    check(q, k, v, table * 100, joints)
+
+
+def test_one_key_has_no_gradient_but_for_its_value(isa):
+    q, k, v, table, joints = problem(1)
+    grad_out = torch.randn_like(q)
+    out, dq, dk, dv, dtable = check(q, k, v, table, joints, grad_out=grad_out)
+    assert torch.equal(out, v) and torch.equal(dv, grad_out)
+    assert not dq.any() and not dk.any() and not dtable.any()
+
+
+@pytest.mark.parametrize("joints_of", ["body", "grid"])
+def test_results_do_not_depend_on_the_number_of_threads(isa, threads, joints_of):
+    q, k, v, table, joints = problem(130, bodies=35, heads=3, joints_of=joints_of)
+    grad_out = torch.randn_like(q)
+
+    def run(count):
+        threads(count)
+        return results(lambda *x: ops.topology_attention(*x, joints, backend="cpu"), (q, k, v, table), grad_out)
+
+    first = run(1)
+    for count in (1, 2, 3, 8):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(count), strict=True)), f"{count} threads"
+
+
+def test_layout_of_the_results(isa):
+    q, k, v, table, joints = problem(50, bodies=3)
+    out = ops.topology_attention(q, k, v, table, joints, backend="cpu")
+    joined = out.transpose(1, 2).reshape(3, 50, -1)
+    assert joined.data_ptr() == out.data_ptr()
+
+
+def test_empty_batches_and_lengths(isa):
+    for shape in ((0, 2, 5, 8), (2, 2, 0, 8)):
+        q = torch.randn(shape, requires_grad=True)
+        table = torch.randn(2, 4, 4, requires_grad=True)
+        out = ops.topology_attention(q, q, q, table, torch.zeros(shape[2], dtype=torch.int64), backend="cpu")
+        out.sum().backward()
+        assert out.shape == shape and q.grad.shape == shape
+        assert torch.equal(table.grad, torch.zeros(2, 4, 4))
+
+
+def test_bfloat16_inputs_are_computed_in_float32(isa):
+    q, k, v, table, joints = problem(127)
+    halves = [x.bfloat16() for x in (q, k, v, torch.randn_like(q))]
+    forward = torch.ops.jmm_fast.topology_attention_forward
+    backward = torch.ops.jmm_fast.topology_attention_backward
+
+    def both(tensors):
+        *inputs, grad_out = tensors
+        out, lse = forward(*inputs, table, joints, False, 0.2)
+        # The rounded output on both sides: the backward pass gets what the forward pass gave.
+        out = out.bfloat16().to(grad_out.dtype)
+        return [out, *backward(grad_out, *inputs, table, joints, out, lse, False, 0.2)]
+
+    ours, expected = both(halves), both([x.float() for x in halves])
+    assert [x.dtype for x in ours] == [torch.bfloat16] * 4 + [torch.float32]
+    assert all(torch.equal(a.float(), b.to(a.dtype).float()) for a, b in zip(ours, expected, strict=True))
+
+
+def test_the_operator_refuses_what_would_read_other_memory():
+    q, k, v, table, joints = problem(10)
+    forward = torch.ops.jmm_fast.topology_attention_forward
+    for arguments, message in (
+        ((q, k[:, :, :9], v, None, None), "k must have q's shape"),
+        ((q, k, v, table[:1], joints), r"table must be a float32 CPU tensor \[H,V,V\]"),
+        ((q, k, v, table, joints[:9]), r"joints must be an int64 CPU tensor \[N\] or \[B,N\]"),
+        ((q, k, v, table, joints + 20), r"joints must be in \[0, 25\), got 25"),
+        ((q, k, v, table, joints - 1), r"joints must be in \[0, 25\), got -1"),
+        ((q.double(), k.double(), v.double(), None, None), "q must be float32 or bfloat16"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            forward(*arguments, False, 1.0)
+
+
+def test_memory_does_not_grow_with_the_square_of_the_length():
+    code = """
+import resource, torch
+from jmm_fast import ops
+q = torch.randn(1, 4, 4000, 16, requires_grad=True)
+table, joints = torch.randn(4, 25, 25), torch.arange(4000) % 25
+ops.topology_attention(q[:, :, :50], q[:, :, :50], q[:, :, :50], table, joints[:50], backend="cpu").sum().backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+ops.topology_attention(q, q, q, table, joints, backend="cpu").sum().backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert int(result.stdout) < 60, "one head's scores alone would be 61 MiB"
+
+
+def test_the_environment_chooses_the_instruction_set():
+    code = "import torch, jmm_fast._C as native; print(native.isa())"
+
+    def run(name):
+        environment = {**os.environ, "JMM_FAST_ISA": name}
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+
+    assert run("baseline").stdout.strip() == "baseline"
+    assert run("").stdout.strip() == native.isas()[-1]
+    unknown = run("mmx")
+    assert unknown.returncode != 0 and "instruction set must be one of baseline" in unknown.stderr
+    with pytest.raises(ValueError, match="got mmx"):
+        native.set_isa("mmx")
