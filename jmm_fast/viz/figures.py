@@ -426,6 +426,8 @@ def check_masked_clip(
 def view_yaw(poses: np.ndarray, skeleton: Skeleton) -> float:
     """Angle ``a`` of the level camera that shows most of poses ``[T,V,3]`` (y up), in radians.
 
+    Joints beyond the skeleton's, such as those of a second body, count too.
+
     The image's axes are ``cos(a) x + sin(a) z`` (to the right) and y; ``cos(a) z - sin(a) x`` points to the viewer.
     Of all horizontal directions the camera takes the one whose image has the largest variance, counting the body's
     shape and its joints' movement alike. Where the skeleton tells left from right, it is the one of the two opposite

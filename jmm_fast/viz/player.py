@@ -35,7 +35,8 @@ def _clip(clip: MaskedClip) -> dict:
         "bones": clip.skeleton.bones,
         "names": [name.replace("_", " ") for name in clip.skeleton.joint_names],
         "rows": limb_order(clip.skeleton),
-        "yaw": view_yaw(clip.poses[0].astype(np.float64), clip.skeleton),
+        # All bodies side by side as joints: people who do something together are then seen apart.
+        "yaw": view_yaw(np.concatenate(list(clip.poses), axis=1).astype(np.float64), clip.skeleton),
         "factor": factor,
         "unit": unit,
         "bodies": [
@@ -104,7 +105,7 @@ SCRIPT = (
   const clock = root.querySelector(".clock"), said = root.querySelector(".said");
   const hint = said.textContent;
   const still = matchMedia("(prefers-reduced-motion: reduce)");
-  let clip, frame = 0, yaw, pitch, playing = false, last = 0, places = [], low, centre, radius, cells;
+  let clip, frame = 0, yaw, pitch, playing = false, last = 0, places = [], low, centre, radius, cells, dot;
 
   const ink = name => getComputedStyle(root).getPropertyValue(name).trim();
   const fit = (canvas, height) => {
@@ -133,8 +134,10 @@ SCRIPT = (
 
   function camera(width, height) {
     const tilt = Math.abs(Math.sin(pitch));
-    const scale = Math.min(height * .84 / (radius.up + (1 + radius.wide) * tilt), width * .9 / radius.wide);
+    const tall = radius.up * Math.cos(pitch) + (.75 * radius.wide + .6) * tilt;
+    const scale = Math.min(height * .86 / tall, width * .9 / radius.wide);
     const c = Math.cos(yaw), s = Math.sin(yaw), cp = Math.cos(pitch), sp = Math.sin(pitch);
+    dot = Math.max(3.2, Math.min(4.8, scale * .024));
     return (x, y, z) => {
       x -= centre[0]; y -= centre[1]; z -= centre[2];
       const across = c * x + s * z, depth = -s * x + c * z;
@@ -170,15 +173,15 @@ SCRIPT = (
     for (const thing of things) {
       pen.beginPath();
       if (thing[1] === "bone") {
-        pen.strokeStyle = bone; pen.lineWidth = 3;
+        pen.strokeStyle = bone; pen.lineWidth = dot * .65;
         pen.moveTo(thing[2][0], thing[2][1]); pen.lineTo(thing[3][0], thing[3][1]); pen.stroke();
       } else {
         const [, , [x, y], body, v] = thing, l = token(frame, v), gone = body.hidden[l];
-        pen.arc(x, y, 4.8, 0, 7);
+        pen.arc(x, y, dot, 0, 7);
         pen.fillStyle = color(body.weight[l]); pen.fill();
         pen.strokeStyle = paper; pen.lineWidth = 1; pen.stroke();
         if (gone) continue;
-        pen.beginPath(); pen.arc(x, y, 8, 0, 7); pen.strokeStyle = dark; pen.lineWidth = 1.8; pen.stroke();
+        pen.beginPath(); pen.arc(x, y, dot + 3.2, 0, 7); pen.strokeStyle = dark; pen.lineWidth = 1.8; pen.stroke();
       }
     }
     slider.value = frame;
@@ -232,7 +235,7 @@ SCRIPT = (
     root.querySelector(".choose").append(button);
   });
   play.onclick = () => run(!playing);
-  slider.oninput = () => { run(false); frame = +slider.value; draw(); };
+  slider.oninput = () => { const wanted = +slider.value; run(false); frame = wanted; draw(); };
   let drag = null;
   stage.onpointerdown = e => { drag = [e.clientX, e.clientY, yaw, pitch]; stage.setPointerCapture(e.pointerId); };
   stage.onpointerup = stage.onpointercancel = () => { drag = null; };

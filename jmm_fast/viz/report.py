@@ -1,5 +1,6 @@
 """One HTML file that tells what a run did: no script, font or picture comes from outside it."""
 
+import shlex
 import statistics
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -77,38 +78,30 @@ def _open_store(store: str | Path | None, environment: dict) -> ClipStore | None
 
 
 def _lead(config: dict, evaluations: Sequence[dict], store: ClipStore | None) -> str:
-    """One sentence under the title."""
-    model, mask = config.get("model", {}), config.get("mask", {})
-    parts = []
+    """What stands under the title: the network, the data, and what the probe found."""
+    model, mask = config.get("model") or {}, config.get("mask") or {}
+    sentences = []
     if model and mask:
-        hidden = 100 * mask.get("mask_ratio", 0)
-        parts.append(
+        sentences.append(
             f"A transformer of {model.get('depth')} blocks, {model.get('dim')} wide, that learned to predict the "
-            f"motion of the {hidden:.0f} % of joint tokens hidden from it"
+            f"motion of the {100 * mask.get('mask_ratio', 0):.0f} % of joint tokens hidden from it."
         )
     if store is not None:
-        parts.append(
-            f"{'in clips' if parts else 'Clips'} from a set of {store.num_clips:,} in {store.num_classes} classes "
-            f"({store.skeleton.name} joints)"
-        )
-    sentence = " ".join(parts) + "." if parts else ""
-    best = _mean_by(evaluations, "linear")
-    if {"pretrained", "untrained"} <= best.keys():
-        gain = best["pretrained"] - best["untrained"]
-        sentence += (
-            f" A linear probe on its features recognises {best['pretrained']:.1f} % of the test clips, "
-            f"{abs(gain):.1f} points {'more' if gain >= 0 else 'fewer'} than on those of the same network untrained."
-        )
-    return sentence
-
-
-def _mean_by(evaluations: Sequence[dict], protocol: str) -> dict[str, float]:
-    """Mean top-1 in per cent per encoder, over the full training labels."""
+        joints = f"{store.skeleton.name} joints"
+        sentences.append(f"The set holds {store.num_clips:,} clips of {store.num_classes} classes ({joints}).")
+    split = (config.get("data") or {}).get("split")
     found: dict[str, list[float]] = {}
     for record in _latest(evaluations):
-        if record.get("protocol") == protocol and record.get("labels", 1.0) == 1.0:
+        if record.get("protocol") == "linear" and record.get("split") == split:
             found.setdefault(_encoder(record), []).append(float(record["top1"]))
-    return {encoder: statistics.fmean(values) for encoder, values in found.items()}
+    if {"pretrained", "untrained"} <= found.keys():
+        pretrained, untrained = (statistics.fmean(found[name]) for name in ("pretrained", "untrained"))
+        gain = pretrained - untrained
+        sentences.append(
+            f"A linear probe on its features recognises {pretrained:.1f} % of the test clips, {abs(gain):.1f} points "
+            f"{'more' if gain >= 0 else 'fewer'} than on those of the same network untrained."
+        )
+    return " ".join(sentences)
 
 
 def _what_was_run(run: Path, config: dict, environment: dict, store: ClipStore | None) -> str:
@@ -172,11 +165,18 @@ def _what_was_run(run: Path, config: dict, environment: dict, store: ClipStore |
     )
     command = environment.get("command")
     if command:
-        line = " ".join(command) if isinstance(command, list) else str(command)
-        body += f"<pre>{escape(line)}</pre>"
+        body += f"<pre>{escape(_command_line(command))}</pre>"
     if not rows:
         body = _missing("This folder holds no settings.", "jmm-fast pretrain RECIPE --data FILE --out RUN")
     return _section("What was run", body)
+
+
+def _command_line(command: object) -> str:
+    if not isinstance(command, list) or not command:
+        return str(command)
+    # Where the program lies says nothing about the run.
+    name = Path(str(command[0])).name
+    return shlex.join(["jmm-fast" if name == "__main__.py" else name, *map(str, command[1:])])
 
 
 def _split_words(name: str | None, store: ClipStore | None) -> str:
@@ -230,7 +230,8 @@ def _evaluation(run: Path, evaluations: Sequence[dict], environment: dict) -> st
             name += f", {100 * labels:g} % of the labels"
         cells = []
         values = {encoder: [record for record in group if _encoder(record) == encoder] for encoder in encoders}
-        best = max(statistics.fmean(float(item["top1"]) for item in items) for items in values.values() if items)
+        means = [statistics.fmean(float(item["top1"]) for item in items) for items in values.values() if items]
+        best = max(means) if len(means) > 1 else None
         for encoder in encoders:
             cells.append(_score_cell(values[encoder], best))
         details = sorted({_details(record) for record in group})
@@ -277,13 +278,13 @@ def _details(record: dict) -> str:
     return _encoder_title(_encoder(record)) + ": " + ", ".join(parts) if parts else ""
 
 
-def _score_cell(records: Sequence[dict], best: float) -> str:
+def _score_cell(records: Sequence[dict], best: float | None) -> str:
     if not records:
         return '<td class="number none">–</td>'
     values = [float(record["top1"]) for record in records]
     mean = statistics.fmean(values)
     text = f"{mean:.1f}"
-    if mean >= best - 1e-9:
+    if best is not None and mean >= best - 1e-9:
         text = f"<strong>{text}</strong>"
     if len(values) > 1:
         text += f' <span class="sub">± {statistics.stdev(values):.1f}, {len(values)} seeds</span>'

@@ -75,7 +75,7 @@ def test_it_tells_what_was_run(page):
         "torch 2.13.0",
         "0123456789abcdef",
         "2 January 2026, 03:04 UTC",
-        "jmm-fast pretrain <script>alert(1)</script>",
+        "jmm-fast pretrain '<script>alert(1)</script>'",
         "from 1.000 at the first logged step to 0.025",
         "100 tokens",
         "91 of them are hidden",
