@@ -88,7 +88,7 @@ def confusion_matrix(predictions: str | Path | Mapping | Predictions, *, title: 
     """Confusion matrix with class names, rows normalised to 100 %, and the accuracy of each class beside it.
 
     ``predictions``: ``RUN/predictions/*.npz``, or a mapping with ``labels [N]``, ``predicted [N]``, ``class_names``.
-    Up to 20 classes the cells carry their percentage; with more, the colours and the bars speak alone.
+    Up to 24 classes the cells carry their percentage; with more, the colours and the bars speak alone.
 
     Raises:
         UserError: unreadable or inconsistent predictions, or matplotlib is missing.
@@ -122,7 +122,7 @@ def confusion_matrix(predictions: str | Path | Mapping | Predictions, *, title: 
     axes.set_yticks(np.arange(step, classes, step) - 0.5, minor=True)
     axes.grid(which="minor", linewidth=0.5)
     axes.tick_params(which="minor", length=0)
-    if classes <= 20:
+    if classes <= 24:
         for row, column in zip(*np.nonzero(counts), strict=True):
             value = share[row, column]
             axes.text(

@@ -211,8 +211,9 @@ def _training(run: Path, config: dict) -> str:
 
 def _evaluation(run: Path, evaluations: Sequence[dict], environment: dict) -> str:
     records = _latest(evaluations)
+    data = (environment.get("data") or {}).get("path") or "FILE"
     if not records:
-        return _section("Evaluation", _missing("Nothing was evaluated yet.", f"jmm-fast probe {run} --data FILE"))
+        return _section("Evaluation", _missing("Nothing was evaluated yet.", f"jmm-fast probe {run} --data {data}"))
     encoders = [name for name in _ENCODERS if any(_encoder(record) == name for record in records)]
     encoders += sorted({_encoder(record) for record in records} - set(encoders))
     groups: dict[tuple, list[dict]] = {}
@@ -250,11 +251,19 @@ def _evaluation(run: Path, evaluations: Sequence[dict], environment: dict) -> st
         "weights: what the architecture gives without learning. <em>From scratch</em> is that network trained on the "
         "labels alone, and <em>raw poses</em> compares the joint positions themselves, without a network.</p>"
     )
+    done = {(str(record.get("protocol")), _encoder(record)) for record in records}
     hints = []
-    done = {str(record.get("protocol")) for record in records}
-    for protocol, command in (("linear", "probe"), ("knn", "knn"), ("finetune", "finetune")):
-        if protocol not in done:
-            hints.append(_missing(f"Not evaluated: {_PROTOCOLS[protocol]}.", f"jmm-fast {command} {run} --data FILE"))
+    for protocol, command, baseline in (
+        ("linear", "probe", "untrained"),
+        ("knn", "knn", "untrained"),
+        ("finetune", "finetune", "scratch"),
+    ):
+        call = f"jmm-fast {command} {run} --data {data}"
+        if (protocol, "pretrained") not in done:
+            hints.append(_missing(f"Not evaluated: {_PROTOCOLS[protocol]}.", call))
+        elif (protocol, baseline) not in done:
+            what = f"Nothing to compare with: {_PROTOCOLS[protocol]}, {_encoder_title(baseline)}."
+            hints.append(_missing(what, f"{call} --encoder {baseline}"))
     return _section("Evaluation", words + table + "".join(hints))
 
 
@@ -445,7 +454,7 @@ def _clock_time(text: str) -> str:
 
 
 def _missing(what: str, command: str) -> str:
-    return f'<p class="missing">{escape(what)} Make it with <code>{escape(command)}</code></p>'
+    return f'<p class="missing">{escape(what)} To get it: <code>{escape(command)}</code></p>'
 
 
 def _section(title: str, body: str) -> str:
@@ -518,7 +527,8 @@ thead th { color: var(--muted); font-size: .8rem; border-bottom-color: var(--ink
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .sub { display: block; color: var(--muted); font-size: .78rem; }
 .none, .small { color: var(--muted); } .small { font-size: .78rem; }
-.missing { color: var(--muted); font-style: italic; } .missing code { font-style: normal; color: var(--ink); }
+.missing { color: var(--muted); font-style: italic; margin: .8rem 0; }
+.missing code { font-style: normal; color: var(--ink); }
 @media (max-width: 640px) { body { font-size: 16px; } main { padding-top: 2rem; } h1 { font-size: 1.8rem; }
   dl.facts { grid-template-columns: 1fr; gap: 0; } dl.facts dd { margin-bottom: .5rem; } }
 @media print { .player { display: none; } }

@@ -95,7 +95,8 @@ def test_evaluation_table(page):
     assert "recognises 61.2 % of the test clips, 17.5 points more" in page.text
     assert "11.0" not in page.text  # evaluated again: the later record stands
     assert "finetuned, 10 % of the labels" in page.text and "55.0" in page.text and "raw poses" in page.text
-    assert "Not evaluated" not in page.text
+    assert "Nothing to compare with: finetuned, from scratch." in page.text
+    assert "Nothing to compare with: linear" not in page.text and "Not evaluated: nearest neighbours." in page.text
 
 
 def test_several_seeds_give_mean_and_spread(run):
