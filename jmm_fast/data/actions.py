@@ -1,9 +1,9 @@
 """What the synthetic figure does: each action is a handful of periodic joint angles.
 
 One term moves one angle of one joint: ``centre + swing * wave(rate * phase + lag)`` with
-``wave(x) = sin(x + skew sin x)``, or ``((1 + wave) / 2) ** power`` where ``power`` is given. Actions come in groups that
-use the same joints around the same mean pose and differ in which side moves, in lag between joints, in direction of
-turning or in the direction of time.
+``wave(x) = sin(x + skew sin x)``, or ``((1 + wave) / 2) ** power`` where ``power`` is given. Actions come in groups
+that use the same joints around the same mean pose and differ in which side moves, in lag between joints, in direction
+of turning or in the direction of time.
 """
 
 from dataclasses import dataclass

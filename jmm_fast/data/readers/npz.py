@@ -35,7 +35,7 @@ def read(path: Path, options: NpzOptions | None = None, **fields: Any) -> StoreC
 
     ``x_train`` and ``x_test`` are ``[N, T, bodies * V * 3]`` in metres, zero padded at the end; ``y_train`` and
     ``y_test`` are one-hot ``[N, classes]`` or int ``[N]``. The archive is read as a stream, 64 MB at a time, and frames
-    without a body and absent second bodies are left out on the way, so memory holds the compact clips once and never the
+    without a body and absent second bodies are left out on the way: memory holds the compact clips once and never the
     padded array. The split ``default`` keeps the file's train and test; the column ``part`` says which a clip came from.
 
     Raises:
