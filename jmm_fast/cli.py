@@ -299,11 +299,13 @@ def _one_line(box: str) -> str:
     rows = [line.strip().strip("│").strip() for line in plain.splitlines() if line.strip()[:1] not in ("╭", "╰", "")]
     parts: list[list[str]] = [[]]
     for row in rows:
-        if row and not row.strip("─"):
+        if row and not row.strip("─-"):
             parts.append([])
         else:
             parts[-1].append(row)
-    text = " ".join(" ".join(parts[0]).split()).rstrip(".")
+    if "╭" not in plain:
+        del parts[0]  # without UTF-8 the title is a row of its own, with a line below
+    text = " ".join(" ".join(parts[0]).split()).rstrip(".") if parts else "cannot read the arguments"
     unknown = re.match(r"Unrecognized options: ([^\s,]+)", text)
     if unknown:
         text = f"unknown option {unknown[1]}"
