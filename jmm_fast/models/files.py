@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pickle
+import struct
 import zipfile
 from pathlib import Path
 
@@ -19,6 +20,17 @@ from jmm_fast.models import convert
 from jmm_fast.models.config import ModelConfig
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+# Junk can break the unpickler in any of its steps.
+_BROKEN_PICKLE = (
+    pickle.UnpicklingError,
+    struct.error,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+)
 
 
 def write(folder: Path, config: ModelConfig, state: dict[str, Tensor]) -> None:
@@ -116,8 +128,9 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
         # argparse.Namespace holds the arguments in MAE-style checkpoints: plain attributes, no code.
         with torch.serialization.safe_globals([_namespace()]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is not a readable .pth of plain tensors: {str(error).splitlines()[0]}") from error
+    except (OSError, RuntimeError, *_BROKEN_PICKLE) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is not a readable .pth of plain tensors: {reason}") from error
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
