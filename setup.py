@@ -192,7 +192,7 @@ class BuildNative(build_ext):
         return {name: self.run_quietly([*build, "--target", name]) for name in wanted}
 
     def run_quietly(self, command: list[str]) -> str:
-        """Run a build step, passing its output on; the first line that names an error, or nothing when it succeeded."""
+        """Run a build step, passing its output on; the error it reported, or nothing when it succeeded."""
         try:
             result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         except OSError as error:
@@ -200,9 +200,11 @@ class BuildNative(build_ext):
         print(result.stdout, end="", file=sys.stderr)
         if result.returncode == 0:
             return ""
-        lines = [line.strip() for line in result.stdout.splitlines() if line.strip()]
-        errors = [line for line in lines if "error" in line.lower()]
-        return (errors or lines or [f"exit status {result.returncode}"])[0]
+        lines = [line.strip() for line in result.stdout.splitlines() if line.strip()] or ["no output"]
+        at = next((i for i, line in enumerate(lines) if "error" in line.lower()), len(lines) - 1)
+        if lines[at].startswith("CMake Error"):
+            return " ".join(lines[at + 1 : at + 4])  # the first line names a file of CMake's, the next ones the mistake
+        return lines[at]
 
 
 extensions = [
