@@ -528,7 +528,7 @@ thead th { color: var(--muted); font-size: .8rem; border-bottom-color: var(--ink
 .sub { display: block; color: var(--muted); font-size: .78rem; }
 .none, .small { color: var(--muted); } .small { font-size: .78rem; }
 .missing { color: var(--muted); font-style: italic; margin: .8rem 0; }
-.missing code { font-style: normal; color: var(--ink); }
+.missing code { display: block; font-style: normal; color: var(--ink); }
 @media (max-width: 640px) { body { font-size: 16px; } main { padding-top: 2rem; } h1 { font-size: 1.8rem; }
   dl.facts { grid-template-columns: 1fr; gap: 0; } dl.facts dd { margin-bottom: .5rem; } }
 @media print { .player { display: none; } }
