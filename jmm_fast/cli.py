@@ -71,7 +71,7 @@ def _help() -> str:
 
 def _doctor(args: list[str]) -> None:
     _parse(make_dataclass("Doctor", []), args, "doctor", "What is installed, and which backends run here.")
-    from jmm_fast.describe import doctor
+    from jmm_fast.doctor import doctor
 
     print(doctor())
 
@@ -101,12 +101,18 @@ def _prepare(args: list[str]) -> None:
 def _inspect(args: list[str]) -> None:
     from tyro.conf import Positional, arg
 
-    kind = make_dataclass("Inspect", [("file", Annotated[Positional[Path], arg(help="clip store")])])
-    given = _parse(kind, args, "inspect", "What a clip store holds.")
-    from jmm_fast.data import ClipStore
-    from jmm_fast.describe import store_text
+    kind = make_dataclass(
+        "Inspect",
+        [
+            ("file", Annotated[Positional[Path], arg(help="clip store")]),
+            ("picture", Annotated[Path | None, arg(help="also draw some clips into this image file")], None),
+        ],
+        kw_only=True,
+    )
+    given = _parse(kind, args, "inspect", "What a clip store holds, and clips worth a look.")
+    from jmm_fast.data.inspect import inspect
 
-    print(store_text(ClipStore.open(given.file)))
+    print(inspect(given.file, given.picture))
 
 
 def _pretrain(args: list[str]) -> None:

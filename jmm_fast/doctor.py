@@ -1,14 +1,12 @@
-"""Texts of ``jmm-fast doctor`` and ``jmm-fast inspect``."""
+"""What ``jmm-fast doctor`` says: what is installed, what runs here, what is missing."""
 
 import importlib.util
 import json
 import os
-from collections import Counter
 from pathlib import Path
 
 import torch
 
-from jmm_fast.data import ClipStore
 from jmm_fast.ops import backends
 from jmm_fast.train.environment import commit, cpu_name, versions
 
@@ -89,57 +87,3 @@ def _instruction_sets() -> list[str]:
             held = set(line.partition(":")[2].split())
             return [flag for flag in FLAGS if flag in held]
     return []
-
-
-def store_text(store: ClipStore) -> str:
-    """Counts, lengths, classes, columns, splits and origin of a clip store."""
-    lengths = store.lengths.double()
-    bodies = Counter(store.clip_bodies[:, 1].tolist())
-    crowd = ", ".join(
-        f"{clips} with {count} bod{'y' if count == 1 else 'ies'}" for count, clips in sorted(bodies.items())
-    )
-    seconds = float(lengths.sum()) / store.fps
-    layout = store.skeleton
-    lines = [
-        f"{store.path}",
-        f"  data hash    {store.fingerprint[:16]}",
-        f"  layout       {layout.name}, {layout.num_joints} joints, root {layout.joint_names[layout.root]}",
-        f"  clips        {store.num_clips} ({crowd})",
-        f"  frames       {int(lengths.sum())} at {store.fps:g} a second ({seconds / 60:.0f} minutes), "
-        f"{store.frames.shape[0]} body poses",
-        f"  lengths      {int(lengths.min())} to {int(lengths.max())} frames, median {int(lengths.median())}",
-    ]
-    low, high = store.frames.amin((0, 1)).tolist(), store.frames.amax((0, 1)).tolist()
-    spans = ", ".join(f"{axis} {a:.2f}..{b:.2f}" for axis, a, b in zip("xyz", low, high, strict=True))
-    lines.append(f"  coordinates  {spans} m")
-
-    counts = torch.bincount(store.labels, minlength=store.num_classes).tolist()
-    lines += ["", f"classes ({store.num_classes})"]
-    width = max(map(len, store.class_names), default=0)
-    lines += [
-        f"  {label:>3} {name:<{width}} {count:>6}"
-        for label, (name, count) in enumerate(zip(store.class_names, counts, strict=True))
-    ]
-    empty = sum(count == 0 for count in counts)
-    if empty:
-        lines.append(f"  {empty} classes have no clip")
-
-    if store.columns:
-        lines += ["", "columns"]
-        for name, column in store.columns.items():
-            values = torch.unique(column)
-            names = store.column_values.get(name)
-            shown = [names[int(v)] if names else f"{v:g}" for v in values[:12].tolist()]
-            more = f", ... ({len(values)} values)" if len(values) > 12 else ""
-            lines.append(f"  {name:<14} {', '.join(shown)}{more}")
-
-    lines += ["", "splits" if store.splits else 'no stored split: give an expression, --split "COLUMN in 1,3,5"']
-    for name, parts in store.splits.items():
-        lines.append(f"  {name:<14} {len(parts['train'])} train, {len(parts['test'])} test")
-
-    if store.provenance:
-        lines += ["", "origin"]
-        for name, value in store.provenance.items():
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            lines.append(f"  {name:<14} {text if len(text) <= 160 else text[:157] + '...'}")
-    return "\n".join(lines)
