@@ -26,9 +26,11 @@ install: $(VENV)/install.stamp
 
 demo: install
 	$(BIN)/jmm-fast prepare synthetic --out $(DEMO)/synthetic.safetensors
-	$(BIN)/jmm-fast pretrain demo --data $(DEMO)/synthetic.safetensors --out $(DEMO)/run
+	$(BIN)/jmm-fast pretrain demo --data $(DEMO)/synthetic.safetensors --out $(DEMO)/run --overwrite
 	$(BIN)/jmm-fast probe $(DEMO)/run --data $(DEMO)/synthetic.safetensors
+	$(BIN)/jmm-fast probe $(DEMO)/run --data $(DEMO)/synthetic.safetensors --encoder untrained
 	$(BIN)/jmm-fast knn $(DEMO)/run --data $(DEMO)/synthetic.safetensors
+	$(BIN)/jmm-fast knn $(DEMO)/run --data $(DEMO)/synthetic.safetensors --encoder untrained
 	$(BIN)/jmm-fast report $(DEMO)/run
 
 lint: install

@@ -5,8 +5,8 @@ Prepare the sets first (see bench/results/accuracy_small.md for the commands), t
     python bench/accuracy.py --data UI_PRMD=ui-prmd.safetensors --data BANDAI_NAMCO=bandai-namco.safetensors --work runs
     python bench/accuracy.py --work runs --table bench/results/accuracy_small
 
-The first runs what is not yet done, one ``jmm-fast`` command after another, and can be stopped and repeated; several may
-run side by side with different ``--only``. The second writes the table from the runs' own records.
+The first runs what is not yet done, one ``jmm-fast`` command after another, and can be stopped and repeated; several
+may run side by side with different ``--only``. The second writes the table from the runs' own records.
 """
 
 import argparse
@@ -38,7 +38,7 @@ PRETRAIN = {
     "BANDAI_NAMCO": "pretrain small --variant VARIANT --data DATA --out RUN --epochs 10 --warmup-epochs 1 --seed 0",
 }
 FINETUNE = {"UI_PRMD": " --epochs 20 --warmup-epochs 2", "BANDAI_NAMCO": " --epochs 6 --warmup-epochs 1"}
-ENCODERS = {"untrained": "untrained", "raw": "raw", "scratch": "scratch"}
+BASELINES = {"untrained": "untrained", "raw": "raw poses", "scratch": "from scratch"}
 
 
 def commands(name: str, variant: str) -> dict[str, str]:
@@ -55,8 +55,8 @@ def done(run: Path) -> set[str]:
     records = run / "evaluations.jsonl"
     for line in records.read_text().splitlines() if records.exists() else ():
         record = json.loads(line)
-        kind = ENCODERS.get(record["encoder"])
-        found.add(record["protocol"] + (f" {kind}" if kind else ""))
+        baseline = record["encoder"] in BASELINES
+        found.add(f"{record['protocol']} {record['encoder']}" if baseline else record["protocol"])
     return found
 
 
@@ -107,14 +107,9 @@ def table(work: Path, out: Path) -> None:
                 }
             )
             for (protocol, encoder), record in latest.items():
-                what = (
-                    f"pretrained, `{variant}`"
-                    if encoder == "pretrained"
-                    else {"raw": "raw poses"}.get(encoder, encoder)
-                )
-                lines.append(
-                    f"| {name} | {protocol} | {what} | {record['top1']:.1f} | {record['top5']:.1f} | {record['seconds']:.0f} |"
-                )
+                what = f"pretrained, `{variant}`" if encoder == "pretrained" else BASELINES[encoder]
+                figures = f"{record['top1']:.1f} | {record['top5']:.1f} | {record['seconds']:.0f}"
+                lines.append(f"| {name} | {protocol} | {what} | {figures} |")
     out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
     head = "| set | protocol | encoder | top-1 | top-5 | seconds |\n|---|---|---|---|---|---|\n"
     print(head + "\n".join(lines))
