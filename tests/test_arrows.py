@@ -24,8 +24,8 @@ ALLOWED = {
     "train": {"models", "data", *BELOW_MODELS},
     "recipes": {"train", "models", "data", *BELOW_MODELS},
     "viz": {"models", "data", *BELOW_MODELS},
-    "describe": {"train", "models", "data", *BELOW_MODELS},
-    "cli": {"describe", "recipes", "train", "viz", "models", "data", *BELOW_MODELS},
+    "doctor": {"train", "models", "data", *BELOW_MODELS},
+    "cli": {"doctor", "recipes", "train", "viz", "models", "data", *BELOW_MODELS},
     "__main__": {"cli"},
     "__init__": set(),
 }
