@@ -1,12 +1,16 @@
 """Accuracy of the recipe ``small`` on two public sets: pretraining, linear, kNN and finetuned evaluation, baselines.
 
-Prepare the sets first (see bench/results/accuracy_small.md for the commands), then
+UI-PRMD (Kinect part, public domain) and the Bandai-Namco Research Motiondataset (CC BY-NC 4.0) as ragged .npz files:
 
+    jmm-fast prepare ragged ui-prmd.npz --out ui-prmd.safetensors --label labels,correct \\
+        --split "odd=subject in 0,2,4,6,8"
+    jmm-fast prepare ragged bandai-namco.npz --out bandai-namco.safetensors --where "dataset_id in 2" \\
+        --split "group=capture_group in 0,1"
     python bench/accuracy.py --data UI_PRMD=ui-prmd.safetensors --data BANDAI_NAMCO=bandai-namco.safetensors --work runs
     python bench/accuracy.py --work runs --table bench/results/accuracy_small
 
-The first runs what is not yet done, one ``jmm-fast`` command after another, and can be stopped and repeated; several
-may run side by side with different ``--only``. The second writes the table from the runs' own records.
+The third runs what is not yet done, one ``jmm-fast`` command after another, and can be stopped and repeated; several
+may run side by side with different ``--only``. The last writes the table from the runs' own records.
 """
 
 import argparse
