@@ -179,9 +179,12 @@ class BuildNative(build_ext):
         }
         command = [find_tool("cmake"), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
         command += [f"-D{key}={value}" for key, value in options.items()]
-        # Another environment, another CMake: a cache of an older one would keep its paths.
-        shutil.rmtree(folder / "CMakeFiles", ignore_errors=True)
-        (folder / "CMakeCache.txt").unlink(missing_ok=True)
+        # A second build of the same kind is quick; with another tool or torch, CMake's cache would keep the old paths.
+        seen = folder / "command.txt"
+        if not seen.exists() or seen.read_text(encoding="utf-8") != repr(command):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            seen.write_text(repr(command), encoding="utf-8")
         return self.run_quietly(command)
 
     def compile(self, folder: Path, wanted: list[str]) -> dict[str, str]:
