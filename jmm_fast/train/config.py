@@ -142,7 +142,7 @@ class FinetuneConfig:
     warmup_epochs: int = 5
     """Epochs of linear warm-up."""
     batch_size: int = 32
-    """Clips in a batch."""
+    """Clips in a batch (the published semi-supervised protocol takes 24)."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(lr=5e-4, min_lr=0.0, betas=(0.9, 0.999), layer_decay=0.8)
     )

@@ -1,8 +1,10 @@
 """Metrics as JSON lines and TensorBoard events, and what the user sees while a run works."""
 
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from jmm_fast.errors import UserError
@@ -56,29 +58,38 @@ class Metrics:
     def __init__(self, folder: Path, step: int = 0) -> None:
         self.path = folder / "metrics.jsonl"
         cut_after(self.path, step)
-        try:
+        with _writing(self.path):
             folder.mkdir(parents=True, exist_ok=True)
             self._file = open(self.path, "a", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
-        self._events = _event_writer(folder / "tensorboard", step)
+        with _writing(folder / "tensorboard"):
+            self._events = _event_writer(folder / "tensorboard", step)
 
     def write(self, kind: str, step: int, **values) -> None:
         """Append one line and one event per number."""
-        try:
+        with _writing(self.path):
             self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
         if self._events is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float) and name != "time":
-                    self._events.add_scalar(f"{kind}/{name}", value, step)
+            with _writing(self.path.parent / "tensorboard"):
+                for name, value in values.items():
+                    if isinstance(value, int | float) and name != "time":
+                        self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
-        self._file.close()
+        with _writing(self.path):
+            self._file.close()
         if self._events is not None:
-            self._events.close()
+            with _writing(self.path.parent / "tensorboard"):
+                self._events.close()
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn a full disk into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _event_writer(folder: Path, step: int):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from jmm_fast.errors import UserError
 from jmm_fast.train.metrics import Metrics, Progress, cut_after, read_lines
 
 
@@ -58,3 +59,10 @@ def test_quick_work_is_silent(capsys):
         progress.advance(8)
         progress.advance(8)
     assert capsys.readouterr().err == ""
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    metrics = Metrics(tmp_path)
+    monkeypatch.setattr(metrics, "_file", open("/dev/full", "a"))
+    with pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl: No space left on device"):
+        metrics.write("train", 1, loss=0.5)
