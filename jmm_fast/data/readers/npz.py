@@ -36,7 +36,7 @@ def read(path: Path, options: NpzOptions | None = None, **fields: Any) -> StoreC
     ``x_train`` and ``x_test`` are ``[N, T, bodies * V * 3]`` in metres, zero padded at the end; ``y_train`` and
     ``y_test`` are one-hot ``[N, classes]`` or int ``[N]``. The archive is read as a stream, 64 MB at a time, and frames
     without a body and absent second bodies are left out on the way: memory holds the compact clips once and never the
-    padded array. The split ``default`` keeps the file's train and test; the column ``part`` says which a clip came from.
+    padded array. The split ``default`` keeps the file's train and test; the column ``part`` says where a clip was.
 
     Raises:
         UserError: missing or truncated file, missing arrays, wrong types or shapes; under ``on_error="fail"`` also the
@@ -101,7 +101,7 @@ def read(path: Path, options: NpzOptions | None = None, **fields: Any) -> StoreC
     elif options.where is not None:
         common.close_up_labels(contents)
     if options.center:
-        contents.frames = np.concatenate(contents.frames)
+        _join(contents)
         center_clips(contents, layout.joint_names.index("spine_mid") if layout.name == "ntu25" else layout.root)
     part = contents.columns["part"]
     if (part == 0).any() and (part == 1).any():
@@ -170,13 +170,19 @@ def _stream(
             raise UserError(f"{where}: {name} holds more bytes than its shape {list(shape)} says")
 
 
+def _join(contents: StoreContents) -> None:
+    """Put the blocks of frames into one array."""
+    if isinstance(contents.frames, list):
+        contents.frames = np.concatenate(contents.frames)
+
+
 def _keep(contents: StoreContents, keep: np.ndarray) -> None:
     """Leave only the clips ``keep``."""
-    frames = np.concatenate(contents.frames)
+    _join(contents)
     clip_of_body = np.searchsorted(contents.offsets, contents.body_offsets[:-1], side="right") - 1
     held = np.zeros(contents.num_clips, dtype=bool)
     held[keep] = True
-    contents.frames = frames[np.repeat(held, np.diff(contents.offsets))]
+    contents.frames = contents.frames[np.repeat(held, np.diff(contents.offsets))]
     contents.body_offsets = edges(np.diff(contents.body_offsets)[held[clip_of_body]])
     contents.offsets = edges(np.diff(contents.offsets)[keep])
     contents.labels = contents.labels[keep]

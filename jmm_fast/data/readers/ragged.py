@@ -59,10 +59,12 @@ def read(path: Path, options: RaggedOptions | None = None, **fields: Any) -> Sto
     """
     options = RaggedOptions(**fields) if options is None else options
     path = Path(path)
-    with common.reading(path), np.load(path, allow_pickle=False) as archive:
+    with common.reading(path):
+        archive = np.load(path, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise UserError(f"{path}: expected an .npz archive, got a single array")
-        arrays = {name: archive[name] for name in archive.files}
+        with archive:
+            arrays = {name: archive[name] for name in archive.files}
     where = str(path)
     frames = _array(where, arrays, "frames", "float32 [F,V,3]", lambda a: a.dtype == np.float32 and a.ndim == 3)
     if frames.shape[2] != 3:

@@ -26,6 +26,7 @@ FPS = 30.0
 _BLOCK = 96
 _DRAWS = 256
 _IDLE = 12
+_KNOT = 10
 _IDLE_CHANNELS = np.array(
     [
         JOINT[joint] * 3 + axis
@@ -59,19 +60,22 @@ class SyntheticOptions:
     """Shortest clip."""
     max_frames: int = 160
     """Longest clip."""
-    noise: float = 0.008
-    """Standard deviation of the sensor noise of a trunk joint, metres; hands and feet have up to twice as much."""
-    stuck: float = 1.5
+    noise: float = 0.006
+    """Standard deviation of the sensor's error of a trunk joint, metres: it wanders within a third of a second, with a
+    tenth of it white; hands and feet have up to twice as much."""
+    stuck: float = 0.3
     """Mean number of times per second that some joint of a body is tracked wrongly for a moment."""
     lost: float = 0.02
     """Share of frames in which nobody is seen; the clip closes up over them."""
-    posture: float = 0.3
+    posture: float = 0.25
     """Standard deviation of what a clip adds to the angles at rest of arms, legs and trunk, radians."""
     idle: float = 0.15
     """Size of the slow motion of limbs that do not take part, radians."""
+    sway: float = 0.04
+    """Size of the slow motion of the whole body, metres."""
     variation: float = 0.25
     """Relative spread of tempo and amplitude within one subject's clips."""
-    walking: float = 0.35
+    walking: float = 0.4
     """Share of the actions with free legs that are done while walking."""
     heading: float = 0.5
     """Largest turn of the person away from the middle camera, radians."""
@@ -139,7 +143,7 @@ def _check(options: SyntheticOptions) -> None:
             f"--min-frames and --max-frames must be at least 2 and in order, got {options.min_frames} and "
             f"{options.max_frames}"
         )
-    for name in ("noise", "stuck", "posture", "idle", "variation", "heading"):
+    for name in ("noise", "stuck", "posture", "idle", "sway", "variation", "heading"):
         if not 0 <= getattr(options, name) < np.inf:
             raise UserError(f"--{name} must not be negative, got {getattr(options, name)}")
     for name in ("lost", "walking"):
@@ -254,7 +258,7 @@ def _make(
     idle = swing[clip] * np.sin(2 * np.pi * rate[clip] * time[:, None] + begin[clip] + role[body][:, None])
     angles[:, _IDLE_CHANNELS] += idle
     walks = free_legs & (draws.take() < options.walking)
-    pace, stride = draws.between(0.7, 1.1), draws.between(0.25, 0.45)
+    pace, stride = draws.between(0.55, 0.8), draws.between(0.2, 0.32)
     step = 2 * np.pi * pace[clip] * time + start[clip] * 1.7
     for side, sign in (("left", 1.0), ("right", -1.0)):
         leg = walks[clip] * stride[clip]
@@ -314,15 +318,24 @@ def _in_room(
 ) -> np.ndarray:
     """Turn and place the bodies as the camera sees them."""
     heading, turning = options.heading * draws.between(-1, 1), 0.25 * draws.between(-1, 1)
-    speed = np.where(walks, 2.2 * pace * stride, 0.06 * draws.take())
+    speed = np.where(walks, 2.6 * pace * stride, 0.06 * draws.take())
     distance = draws.between(0.65, 0.95)
     aside = 0.12 * draws.between(-1, 1)
-    yaw = heading[clip] + turning[clip] * walks[clip] * time
+    rates, starts = draws.between(0.25, 0.6, 3), draws.between(0, 2 * np.pi, 3)
+    swing = options.sway * draws.between(0.5, 1.5, 3) * (1, 1, 3)
+    # Along x and z in metres, about the vertical in radians; the second person sways in his own time.
+    sway = swing[clip] * np.sin(2 * np.pi * rates[clip] * time[:, None] + starts[clip] + 1.3 * role[:, None])
+    yaw = heading[clip] + turning[clip] * walks[clip] * time + sway[:, 2]
     # Along an arc of constant turning; straight on where it hardly turns.
     bend = turning[clip] * walks[clip] * time
     chord = speed[clip] * time * np.sinc(bend / (2 * np.pi))
     along = heading[clip] + bend / 2
-    where = np.stack([chord * np.sin(along), np.zeros_like(chord), chord * np.cos(along)], axis=1)
+    where = np.stack(
+        [chord * np.sin(along) + sway[:, 0], np.zeros_like(chord), chord * np.cos(along) + sway[:, 1]], axis=1
+    )
+    # Half of the way is done when the person is before the camera.
+    half = np.array([speed[number] * time[clip == number].max() / 2 for number in range(len(speed))])
+    where -= (half[:, None] * np.stack([np.sin(heading), np.zeros_like(heading), np.cos(heading)], axis=1))[clip]
     # The second person stands in front of the first and faces him.
     other = role == 1
     where[other, 0] += (distance[clip] * np.sin(heading[clip]) + aside[clip])[other]
@@ -350,6 +363,15 @@ for _name, _joint in JOINT.items():
         _NOISE_OF_JOINT[_joint] = 1.5
 
 
+def _wander(generator: np.random.Generator, count: int) -> np.ndarray:
+    """Errors ``[count, 25, 3]`` of variance about 1 that are drawn every tenth frame and go straight between."""
+    knots = generator.standard_normal((count // _KNOT + 3, 25, 3), dtype=np.float32)
+    at = (np.arange(count) + generator.integers(_KNOT)) / _KNOT
+    low = np.minimum(at.astype(np.int64), len(knots) - 2)
+    weight = (at - low).astype(np.float32)[:, None, None]
+    return (knots[low] * (1 - weight) + knots[low + 1] * weight) * np.float32(1.2)
+
+
 def _sensor(
     options: SyntheticOptions,
     draws: _Draws,
@@ -357,12 +379,13 @@ def _sensor(
     clip_of_body: np.ndarray,
     places: np.ndarray,
 ) -> np.ndarray:
-    """What the sensor adds: white noise, growing with the distance, and joints that lag behind for some frames."""
+    """What the sensor adds: an error that grows with the distance, and joints that lag behind for some frames."""
     parts = []
     ends = np.cumsum(frame_of_body)
     for number, (clip, count) in enumerate(zip(clip_of_body.tolist(), frame_of_body.tolist(), strict=True)):
         generator = draws.generators[clip]
-        error = generator.standard_normal((count, 25, 3), dtype=np.float32)
+        error = generator.standard_normal((count, 25, 3), dtype=np.float32) * np.float32(0.1)
+        error += _wander(generator, count)
         own = places[ends[number] - count : ends[number]]
         error *= np.float32(options.noise / 3) * _NOISE_OF_JOINT[:, None] * own[:, :1, 2:]
         events = generator.poisson(options.stuck * count / FPS)

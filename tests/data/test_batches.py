@@ -1,0 +1,218 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from jmm_fast.data import BodyBatches, ClipStore
+from jmm_fast.errors import UserError
+from jmm_fast.ops import clip_window
+from jmm_fast.reference import philox
+
+
+@pytest.fixture
+def store(make_contents):
+    rng = np.random.default_rng(1)
+    sizes = rng.integers(2, 200, 40).tolist()
+    return ClipStore.from_contents(make_contents(sizes=sizes, bodies=[1 + (i % 3 == 0) for i in range(40)]))
+
+
+def by_body(batches, epoch):
+    """(clip, body) -> everything about it."""
+    found = {}
+    for batch in batches.epoch(epoch):
+        for clip, body in zip(batch.clips, batch.clip_ids.tolist(), strict=True):
+            assert body not in found
+            found[body] = clip
+    return found
+
+
+def test_a_batch_holds_what_its_clips_hold(store):
+    batch = next(BodyBatches(store, torch.arange(40), batch_size=6, window=20, train=False).epoch(0))
+    assert batch.index.tolist() == [0, 1, 2, 3, 4, 5]
+    assert batch.labels.tolist() == store.labels[:6].tolist()
+    assert batch.clip_of_body.tolist() == [0, 0, 1, 2, 3, 3, 4, 5]
+    assert batch.clip_ids.tolist() == [0, 1 << 32, 1, 2, 3, (1 << 32) + 3, 4, 5]
+    assert batch.clips.dtype == torch.float32 and batch.clips.shape == (8, 20, 25, 3)
+    for row, body in enumerate(batch.clip_ids.tolist()):
+        clip = store.clip(body & 0xFFFFFFFF)[body >> 32]
+        frames = len(clip)
+        begin = int((1 - 0.95) * frames / 2)
+        middle = clip[begin : frames - begin].permute(2, 1, 0).reshape(1, 75, -1)
+        expected = (
+            F.interpolate(middle, size=20, mode="linear", align_corners=False).reshape(3, 25, 20).permute(2, 1, 0)
+        )
+        torch.testing.assert_close(batch.clips[row], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_evaluation_crop_is_the_released_one(store):
+    batches = BodyBatches(store, torch.arange(40), batch_size=4, train=False)
+    begin, length = batches.windows(torch.arange(40), 3)
+    for clip, frames in enumerate(store.lengths.tolist()):
+        assert begin[clip] == int((1 - 0.95) * frames / 2)
+        assert length[clip] == frames - 2 * begin[clip]
+
+
+def test_golden_crops_and_rotation(golden):
+    with np.load(golden("clip_crop_resize_rotate.npz"), allow_pickle=False) as arrays:
+        for case in range(9):
+            frames = arrays[f"{case}/input"].shape[1]
+            interval = arrays[f"{case}/p_interval"].reshape(-1).tolist()
+            if len(interval) == 1:
+                begin = int((1 - interval[0]) * frames / 2)
+                assert (begin, frames - 2 * begin) == (arrays[f"{case}/crop_begin"], arrays[f"{case}/crop_length"])
+
+
+def test_training_crop_and_rotation(store):
+    index = torch.arange(40)
+    batches = BodyBatches(store, index, batch_size=4, train=True, seed=5, rotation=0.2, min_length=50)
+    draw = philox.uniform(5, philox.CROP, index, 9, 2).double()
+    begin, length = batches.windows(index, 9)
+    for clip, frames in enumerate(store.lengths.tolist()):
+        share = 0.5 + 0.5 * draw[clip, 0].item()
+        wanted = min(max(min(50, frames), int(np.floor(frames * share))), frames)
+        assert length[clip] == wanted
+        assert begin[clip] == int(draw[clip, 1].item() * (frames - wanted + 1))
+        assert 0 <= begin[clip] <= frames - wanted
+    angles = batches.angles(index, 9)
+    torch.testing.assert_close(angles, 0.2 * (2 * philox.uniform(5, philox.ROTATION, index, 9, 3) - 1), rtol=0, atol=0)
+    assert angles.abs().max() <= 0.2 and angles.std() > 0.08
+    assert BodyBatches(store, index, batch_size=4, train=True, rotation=0).angles(index, 9) is None
+
+
+def test_crops_cover_their_range(make_contents):
+    store = ClipStore.from_contents(make_contents(sizes=[100] * 400))
+    begin, length = BodyBatches(store, torch.arange(400), batch_size=4, train=True).windows(torch.arange(400), 0)
+    assert length.min() == 64 and 98 <= length.max() <= 100
+    assert (length == 64).float().mean() > 0.15  # shares below 0.64 are lifted to 64 frames
+    spare = 100 - length
+    inside = spare > 10
+    assert 0.4 < (begin[inside] / spare[inside]).mean() < 0.6
+
+
+def test_same_clip_same_crop_for_any_batch_size_order_and_company(store):
+    options = {"window": 30, "train": True, "seed": 11}
+    reference = by_body(BodyBatches(store, torch.arange(40), batch_size=40, **options), 2)
+    for size in (1, 7, 16):
+        got = by_body(BodyBatches(store, torch.arange(40), batch_size=size, shuffle=size == 7, **options), 2)
+        assert got.keys() == reference.keys()
+        assert all(torch.equal(got[body], reference[body]) for body in got)
+    some = by_body(BodyBatches(store, torch.tensor([9, 33, 4]), batch_size=2, **options), 2)
+    assert all(torch.equal(some[body], reference[body]) for body in some)
+    other = by_body(BodyBatches(store, torch.arange(40), batch_size=40, **options), 3)
+    assert not any(torch.equal(other[body], reference[body]) for body in other)
+
+
+def test_bodies_of_a_clip_share_crop_and_rotation(make_contents):
+    contents = make_contents(sizes=[90], bodies=[2])
+    contents.frames[90:] = contents.frames[:90] + 1e-3
+    store = ClipStore.from_contents(contents)
+    first, second = next(BodyBatches(store, torch.tensor([0]), batch_size=1, train=True).epoch(0)).clips
+    torch.testing.assert_close(second - first, (second - first)[:1, :1].expand_as(first), rtol=0, atol=1e-6)
+
+
+def test_order(store):
+    ids = torch.arange(40)[torch.arange(40) % 4 != 1]
+    batches = BodyBatches(store, ids, batch_size=7, train=True, seed=3)
+    order = batches.order(4)
+    assert sorted(order.tolist()) == ids.tolist()
+    assert torch.equal(order, BodyBatches(store, ids, batch_size=2, train=True, seed=3, window=8).order(4))
+    assert not torch.equal(order, batches.order(5))
+    assert not torch.equal(order, BodyBatches(store, ids, batch_size=7, train=True, seed=4).order(4))
+    assert torch.equal(torch.cat([batch.index for batch in batches.epoch(4)]), order)
+    assert torch.equal(BodyBatches(store, ids, batch_size=7, train=True, shuffle=False).order(4), ids)
+
+
+def test_start_skips_batches(store):
+    batches = BodyBatches(store, torch.arange(40), batch_size=7, window=10, train=True)
+    whole = list(batches.epoch(1))
+    rest = list(batches.epoch(1, start=4))
+    assert len(whole) == len(batches) == 6 and len(rest) == 2
+    for one, other in zip(whole[4:], rest, strict=True):
+        assert torch.equal(one.clips, other.clips) and torch.equal(one.clip_ids, other.clip_ids)
+    dropping = BodyBatches(store, torch.arange(40), batch_size=7, window=10, train=True, drop_last=True)
+    assert [len(batch.labels) for batch in dropping.epoch(0)] == [7] * 5 and len(dropping) == 5
+
+
+def test_keep_gives_two_bodies_a_clip(store):
+    options = {"batch_size": 9, "window": 16, "train": True}
+    kept = list(BodyBatches(store, torch.arange(40), empty_bodies="keep", **options).epoch(0))
+    skipped = by_body(BodyBatches(store, torch.arange(40), **options), 0)
+    seen = 0
+    for batch in kept:
+        assert len(batch.clips) == 2 * len(batch.labels)
+        assert batch.clip_of_body.tolist() == [row // 2 for row in range(len(batch.clips))]
+        for clip, body in zip(batch.clips, batch.clip_ids.tolist(), strict=True):
+            if body in skipped:
+                assert torch.equal(clip, skipped[body])
+                seen += 1
+            else:
+                assert not clip.any()
+    assert seen == len(skipped) == store.num_bodies
+
+
+def test_modalities(store):
+    def clips(modality):
+        batches = BodyBatches(store, torch.arange(5), batch_size=5, window=12, train=True, modality=modality)
+        return next(batches.epoch(0)).clips
+
+    joint, bone = clips("joint"), clips("bone")
+    parents = torch.as_tensor(store.skeleton.bone_parents())
+    torch.testing.assert_close(bone, joint - joint[:, :, parents])
+    assert not bone[:, :, store.skeleton.root].any()
+    for modality, base in (("motion", joint), ("bone_motion", bone)):
+        moved = clips(modality)
+        torch.testing.assert_close(moved[:, :-1], base[:, 1:] - base[:, :-1])
+        assert not moved[:, -1].any()
+
+
+def test_sent_frames_give_the_same_batches(store):
+    here = BodyBatches(store, torch.arange(40), batch_size=9, window=16, train=True, empty_bodies="keep")
+    sent = BodyBatches(store, torch.arange(40), batch_size=9, window=16, train=True, empty_bodies="keep")
+    sent._frames = None
+    for one, other in zip(here.epoch(0), sent.epoch(0), strict=True):
+        assert torch.equal(one.clips, other.clips)
+
+
+def test_every_batch_is_one_call_of_the_op(store, monkeypatch):
+    calls = []
+
+    def count(*args, **options):
+        calls.append(options)
+        return clip_window(*args, **options)
+
+    monkeypatch.setattr("jmm_fast.data.batches.ops.clip_window", count)
+    list(BodyBatches(store, torch.arange(40), batch_size=10, window=8, train=True, backend="reference").epoch(0))
+    assert calls == [{"window": 8, "backend": "reference"}] * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"window": 0}, "window and min_length must be at least 1"),
+        ({"crop": (0.8, 0.5)}, r"crop must be two shares, 0 < low <= high <= 1, got \(0.8, 0.5\)"),
+        ({"eval_crop": 0.0}, "eval_crop must be above 0 and at most 1"),
+        ({"rotation": -1}, "rotation must not be negative"),
+        ({"modality": "bones"}, "modality must be one of joint, bone, motion, bone_motion, got 'bones'"),
+        ({"empty_bodies": "pad"}, "empty_bodies must be skip or keep, got 'pad'"),
+        ({"ids": torch.tensor([], dtype=torch.int64)}, "clips in memory: no clips to make batches of"),
+        ({"ids": torch.tensor([40])}, r"clip ids must lie in 0\.\.39"),
+        ({"batch_size": 41, "drop_last": True}, "40 clips do not fill one batch of 41"),
+    ],
+)
+def test_bad_arguments(store, options, message):
+    with pytest.raises(UserError, match=message):
+        BodyBatches(store, **{"ids": torch.arange(40), "batch_size": 4, "train": True} | options)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_gpu_batches_equal_cpu_batches(store):
+    cpu = BodyBatches(store, torch.arange(40), batch_size=9, train=True)
+    for hold in (True, False):
+        gpu = BodyBatches(store, torch.arange(40), batch_size=9, train=True, device="cuda", backend="reference")
+        if not hold:
+            gpu._frames = None
+        for one, other in zip(cpu.epoch(0), gpu.epoch(0), strict=True):
+            assert other.clips.is_cuda
+            torch.testing.assert_close(one.clips, other.clips.cpu(), rtol=1e-5, atol=1e-6)
+            assert torch.equal(one.clip_ids, other.clip_ids.cpu())
