@@ -2,8 +2,6 @@
 
 import multiprocessing
 import random
-import subprocess
-import sys
 import time
 
 import pytest
@@ -37,68 +35,67 @@ def recipe(config, tmp_path):
     return tmp_path / "tiny.yaml"
 
 
-def test_killed_while_training(clips, recipe, tmp_path, monkeypatch):
-    """Four kills among the steps of one run."""
-    # A server that has imported everything forks each launch: no time goes into importing torch again and again.
+@pytest.fixture
+def launch(clips, recipe, monkeypatch):
+    """Start a pretraining process; a server that has imported everything forks it, so torch is imported only once."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["jmm_fast.train.pretrain", "jmm_fast.recipes", "torch.utils.tensorboard"])
 
-    def launch(out, *flags):
+    def start(out, *flags):
         process = context.Process(target=main, args=(arguments(recipe, clips, out, *flags),))
         process.start()
         return process
 
-    def finish(process):
-        process.join(timeout=120)
-        assert process.exitcode == 0
+    return start
 
+
+def finish(process):
+    process.join(timeout=300)
+    assert process.exitcode == 0
+
+
+def kill(process, run, after, delay) -> bool:
+    """Kill ``process`` ``delay`` seconds after its metrics have ``after`` lines; False when it had ended by then."""
+    limit = time.monotonic() + 300
+    while len(read_lines(run / "metrics.jsonl")) < after and process.is_alive():
+        assert time.monotonic() < limit
+        time.sleep(0.001)
+    time.sleep(delay)
+    process.kill()
+    process.join()
+    return process.exitcode == -9
+
+
+def test_killed_while_training(launch, tmp_path):
+    """Four kills among the steps of one run."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     finish(launch(whole))
     assert losses(whole)[-1][1] == 60
     chance = random.Random(0)
     for after in (0, 10, 30, 55):
-        process = launch(run, "--resume")
-        limit = time.monotonic() + 60
-        while len(read_lines(run / "metrics.jsonl")) < after:
-            assert process.is_alive() and time.monotonic() < limit
-            time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.02))
-        process.kill()
-        process.join()
-        assert process.exitcode == -9
+        assert kill(launch(run, "--resume"), run, after, chance.uniform(0, 0.02))
         assert not (run / "model").exists()
     finish(launch(run, "--resume"))
     check(run, whole)
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_random_moments(clips, recipe, tmp_path, monkeypatch):
-    """Any moment from the start of the process to its end, the writing of the first and last files included."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-    def launch(out, *flags):
-        command = [sys.executable, "-m", "jmm_fast", *arguments(recipe, clips, out, *flags)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-    def finish(process):
-        text, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, text
-
+def test_killed_at_twenty_random_moments(launch, tmp_path):
+    """Twenty runs, each killed once: before anything is written, among the steps, while the model is written."""
     whole = tmp_path / "whole"
-    began = time.monotonic()
     finish(launch(whole))
-    duration = time.monotonic() - began
+    lines = len(losses(whole))
     chance = random.Random(1)
-    killed = 0
-    for number in range(20):
-        run = tmp_path / f"run{number}"
-        process = launch(run)
-        # Importing takes most of the time of so small a run: three of four kills fall into what comes after.
-        time.sleep(chance.uniform(0, duration) if number % 4 == 0 else chance.uniform(0.5, 1.0) * duration)
-        process.kill()
-        process.communicate()
-        killed += process.returncode == -9
+    killed, tries = 0, 0
+    while killed < 20:
+        run = tmp_path / f"run{tries}"
+        tries += 1
+        assert tries < 100
+        # Every fourth kill aims at the start or at the end, where the other files are written.
+        after = chance.choice([0, lines]) if tries % 4 == 0 else chance.randint(1, lines - 1)
+        if not kill(launch(run), run, after, chance.uniform(0, 0.05)):
+            continue
+        killed += 1
         finish(launch(run, "--resume"))
         check(run, whole)
-    assert killed >= 10
