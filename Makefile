@@ -38,8 +38,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	find csrc -name '*.[ch]*' | xargs $(BIN)/clang-format --dry-run --Werror
 
+# Two workers on two cores: a thread each.
 test: lint
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 bench: install
 	$(BIN)/python -m pytest bench --benchmark-only
