@@ -86,7 +86,7 @@ class Skeleton:
         return tuple(placed)
 
     def adjacency(self, normalize: bool = True) -> np.ndarray:
-        """``A + I`` of the undirected tree, or ``D^-1/2 (A + I) D^-1/2`` with ``D`` its row sums; float64 ``[V, V]``."""
+        """``A + I`` of the undirected tree, or ``D^-1/2 (A + I) D^-1/2`` with ``D`` its row sums; float64 ``[V,V]``."""
         matrix = np.eye(self.num_joints)
         for child, parent in self.bones:
             matrix[child, parent] = matrix[parent, child] = 1.0
@@ -103,7 +103,7 @@ class Skeleton:
         return swap
 
     def bone_parents(self) -> np.ndarray:
-        """Start of each joint's bone, int64 ``[V]``: ``bone[v] = joint[v] - joint[bone_parents[v]]``; root to itself."""
+        """Where each bone starts, int64 ``[V]``: ``bone[v] = joint[v] - joint[bone_parents[v]]``, root to itself."""
         start = np.array(self.parents, dtype=np.int64)
         start[self.root] = self.root
         for joint, target in self.bone_targets:

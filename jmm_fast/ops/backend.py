@@ -35,7 +35,6 @@ def _extension_reason(schema: str) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def unavailable(op: str, backend: str) -> str | None:
     """Why ``backend`` cannot run ``op`` on this installation; None when it can.
 
@@ -51,6 +50,11 @@ def unavailable(op: str, backend: str) -> str | None:
             reason = f"this version has no {kind} kernel for {op}"
         _found[op, backend] = reason
     return _found[op, backend]
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import torch._dynamo, which programs that compile
+# nothing should not wait for.
+unavailable._dynamo_marked_constant = True
 
 
 def choose(op: str, backend: str, tensor: Tensor, refusal: str | None = None) -> str:

@@ -51,7 +51,8 @@ def topology_attention(
             needed with a table. Values are checked on CPU tensors and not on a device, where looking would stall.
         mode: ``"add"`` or ``"scale"``.
         scale: None means ``1/sqrt(D)``.
-        backend: see ``jmm_fast.backends()``. ``"cpu"`` takes float32, ``D <= 128``, a float32 table.
+        backend: see ``jmm_fast.backends()``. ``"cpu"`` takes float32 or bfloat16 (computed in float32) with
+            ``D <= 128`` and a float32 table.
 
     Returns:
         ``[B,H,N,D]``; differentiable in ``q``, ``k``, ``v`` and ``table``.
@@ -99,8 +100,8 @@ def topology_attention(
 
 def _refusal(q: Tensor, table: Tensor | None) -> str | None:
     """Why the C++ kernel cannot take these inputs; None when it can."""
-    if q.dtype != torch.float32:
-        return f"it takes float32, got {checks.describe(q)}"
+    if q.dtype not in (torch.float32, torch.bfloat16):
+        return f"it takes float32 or bfloat16, got {checks.describe(q)}"
     if table is not None and table.dtype != torch.float32:
         return f"it takes a float32 table, got {checks.describe(table)}"
     if q.shape[3] > _MAX_HEAD_DIM:
