@@ -111,11 +111,14 @@ def test_two_people_face_each_other(quiet):
             assert forward @ direction.numpy() > 0.5 * np.linalg.norm(forward) * direction.norm()
 
 
-def test_the_acting_side_moves_more(quiet):
-    names = quiet.skeleton.joint_names
+def test_the_acting_side_moves_more():
+    # Nothing but the action moves, so what is left is what tells the classes apart.
+    alone = {**QUIET, "idle": 0.0, "sway": 0.0, "walking": 0.0}
+    store = ClipStore.from_contents(read(clips=4 * CLASSES, **alone))
+    names = store.skeleton.joint_names
 
     def travel(clip, joint):
-        hand = quiet.clip(clip)[0, :, names.index(joint)] - quiet.clip(clip)[0, :, names.index("spine_shoulder")]
+        hand = store.clip(clip)[0, :, names.index(joint)] - store.clip(clip)[0, :, names.index("spine_shoulder")]
         return (hand[1:] - hand[:-1]).norm(dim=-1).mean()
 
     for name, acting, resting in (
@@ -125,9 +128,9 @@ def test_the_acting_side_moves_more(quiet):
         ("kick left", "left_ankle", "right_ankle"),
         ("kick right", "right_ankle", "left_ankle"),
     ):
-        clips = np.flatnonzero(quiet.labels == quiet.class_names.index(name)).tolist()
+        clips = np.flatnonzero(store.labels == store.class_names.index(name)).tolist()
         moved = np.mean([[travel(clip, joint) for joint in (acting, resting)] for clip in clips], axis=0)
-        assert moved[0] > 1.5 * moved[1], name
+        assert moved[0] > 3 * moved[1], name
 
 
 def test_noise_stuck_joints_and_lost_frames():
