@@ -52,7 +52,7 @@ _IDLE_CHANNELS = np.array(
 class SyntheticOptions:
     """What to make. The defaults are the set of the demo."""
 
-    clips: int = 2400
+    clips: int = 2000
     """Clips to make; classes, subjects and cameras take turns."""
     seed: int = 0
     """Fixes every clip."""
@@ -60,24 +60,24 @@ class SyntheticOptions:
     """Shortest clip."""
     max_frames: int = 160
     """Longest clip."""
-    noise: float = 0.006
+    noise: float = 0.001
     """Standard deviation of the sensor's error of a trunk joint, metres: it wanders within a third of a second, with a
     tenth of it white; hands and feet have up to twice as much."""
-    stuck: float = 0.3
+    stuck: float = 0.05
     """Mean number of times per second that some joint of a body is tracked wrongly for a moment."""
     lost: float = 0.02
     """Share of frames in which nobody is seen; the clip closes up over them."""
-    posture: float = 0.25
+    posture: float = 0.2
     """Standard deviation of what a clip adds to the angles at rest of arms, legs and trunk, radians."""
-    idle: float = 0.15
+    idle: float = 0.05
     """Size of the slow motion of limbs that do not take part, radians."""
-    sway: float = 0.04
+    sway: float = 0.02
     """Size of the slow motion of the whole body, metres."""
     variation: float = 0.25
     """Relative spread of tempo and amplitude within one subject's clips."""
-    walking: float = 0.4
+    walking: float = 0.1
     """Share of the actions with free legs that are done while walking."""
-    heading: float = 0.5
+    heading: float = 0.2
     """Largest turn of the person away from the middle camera, radians."""
     center: bool = True
     """Move each clip so that the first body's spine starts at the origin."""
@@ -207,9 +207,9 @@ def _make(
     second = np.array([bool(action.partner) for action in ACTIONS])[labels]
     free_legs = np.array([action.free_legs for action in ACTIONS])[labels]
 
-    # When: so many cycles at this person's tempo, within the limits on length.
-    tempo = 0.9 * people.tempo[subject] * np.exp(options.variation * draws.between(-1, 1))
-    cycles = draws.between(1.8, 3.6)
+    # When: about one execution at this person's tempo, cut out from about its beginning as annotators do.
+    tempo = 0.5 * people.tempo[subject] * np.exp(options.variation * draws.between(-1, 1))
+    cycles = draws.between(0.9, 1.2)
     length = np.clip(np.rint(cycles / tempo * FPS), options.min_frames, options.max_frames).astype(np.int64)
     seen = [generator.random(count) >= options.lost for generator, count in zip(draws.generators, length, strict=True)]
     for mask in seen:
@@ -217,7 +217,7 @@ def _make(
     times = [np.flatnonzero(mask).astype(np.float32) / np.float32(FPS) for mask in seen]
     length = np.array([len(time) for time in times])
     warp_rate, warp_start = draws.between(0.2, 0.5), draws.between(0, 2 * np.pi)
-    start = draws.between(0, 2 * np.pi)
+    start = draws.between(-0.4, 0.4)
 
     # Who: a row of all that follows is one body of one clip.
     clip_of_body = np.repeat(np.arange(len(clips)), 1 + second)
