@@ -14,11 +14,12 @@ def close(ours, theirs, tolerance):
     assert (ours - theirs).abs().max().item() <= tolerance * scale
 
 
+@pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize("name", ["pretrain_small", "pretrain_small_rawloss"])
-def test_pretraining_step(golden, name):
+def test_pretraining_step(golden, name, backend):
     path = golden(f"{name}.npz")
     arrays = np.load(path, allow_pickle=True)
-    model = JMMTGT.from_pretrained(path, heads=int(arrays["cfg_num_heads"]), backend="reference")
+    model = JMMTGT.from_pretrained(path, heads=int(arrays["cfg_num_heads"]), backend=backend)
     clips = torch.from_numpy(arrays["x"]).permute(0, 4, 2, 3, 1).flatten(0, 1)
     mask = ops.motion_mask(
         clips,

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from jmm_fast import ops
+from jmm_fast.ops.backend import unavailable
 
 
 def attention_inputs(bodies=2, heads=2, length=7, dim=4, joints_of="body", dtype=torch.float64, joints=5):
@@ -92,17 +93,44 @@ def test_a_named_backend_never_falls_back():
     ops.topology_attention(q, k, v, table, joints, backend="auto")
 
 
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request):
+    reason = unavailable("topology_attention", request.param)
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
+
+
 @pytest.mark.parametrize("with_table", [True, False])
-def test_opcheck_compile_and_export(with_table):
+def test_opcheck(backend, with_table):
+    q, k, v, table, joints = attention_inputs(dtype=torch.float32)
+    if not with_table:
+        table = joints = None
+    arguments = q, k, v, table, joints, False, 0.5
+    if backend == "cpu":
+        out, lse = torch.ops.jmm_fast.topology_attention_forward(*arguments)
+        torch.library.opcheck(torch.ops.jmm_fast.topology_attention_forward.default, arguments)
+        torch.library.opcheck(
+            torch.ops.jmm_fast.topology_attention_backward.default,
+            (torch.randn_like(out), q, k, v, table, joints, out, lse, False, 0.5),
+        )
+    else:
+        for tensor in (q, k, v, table):
+            if tensor is not None:
+                tensor.requires_grad_()
+        torch.library.opcheck(torch.ops.jmm_fast.topology_attention.default, arguments)
+
+
+@pytest.mark.parametrize("with_table", [True, False])
+def test_compile_and_export(backend, with_table):
     q, k, v, table, joints = attention_inputs(dtype=torch.float32)
     if not with_table:
         table = joints = None
     inputs = [x.requires_grad_() for x in (q, k, v, table) if x is not None]
-    torch.library.opcheck(torch.ops.jmm_fast.topology_attention.default, (q, k, v, table, joints, False, 0.5))
 
     class Attend(torch.nn.Module):
         def forward(self, q, k, v, table, joints):
-            return ops.topology_attention(q, k, v, table, joints, backend="reference")
+            return ops.topology_attention(q, k, v, table, joints, backend=backend)
 
     arguments = (q, k, v, table, joints)
     eager = Attend()(*arguments)
