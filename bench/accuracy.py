@@ -25,13 +25,15 @@ import yaml
 PROTOCOLS = {
     "linear": "probe RUN --data DATA",
     "knn": "knn RUN --data DATA",
+    "linear, 4 views": "probe RUN --data DATA --augment-views 4",
     "finetune": "finetune RUN --data DATA --overwrite",
     "linear untrained": "probe RUN --data DATA --encoder untrained",
+    "linear, 4 views untrained": "probe RUN --data DATA --augment-views 4 --encoder untrained",
     "knn untrained": "knn RUN --data DATA --encoder untrained",
     "knn raw": "knn RUN --data DATA --raw",
     "finetune scratch": "finetune RUN --data DATA --encoder scratch --overwrite",
 }
-PRETRAINED = ("linear", "knn", "finetune")
+PRETRAINED = ("linear", "knn", "linear, 4 views", "finetune")
 # Baselines need no pretraining; they are kept with the first run of a set, whose split and sizes they share.
 STEPS = {
     "UI_PRMD": {"released": tuple(PROTOCOLS), "paper": PRETRAINED},
@@ -53,15 +55,23 @@ def commands(name: str, variant: str) -> dict[str, str]:
     return lines
 
 
+def step_of(record: dict) -> str:
+    """The step of ``PROTOCOLS`` that a line of ``evaluations.jsonl`` is the result of."""
+    views = record.get("augment_views") or 0
+    return (
+        record["protocol"]
+        + (f", {views} views" if views else "")
+        + (f" {record['encoder']}" if record["encoder"] in BASELINES else "")
+    )
+
+
 def done(run: Path) -> set[str]:
     """Steps whose result is in the run's records."""
     found = {"pretrain"} if (run / "model" / "config.json").exists() else set()
     records = run / "evaluations.jsonl"
-    for line in records.read_text().splitlines() if records.exists() else ():
-        record = json.loads(line)
-        baseline = record["encoder"] in BASELINES
-        found.add(f"{record['protocol']} {record['encoder']}" if baseline else record["protocol"])
-    return found
+    return (
+        found | {step_of(json.loads(line)) for line in records.read_text().splitlines()} if records.exists() else found
+    )
 
 
 def run_all(data: dict[str, str], work: Path, only: str) -> None:
@@ -91,10 +101,8 @@ def table(work: Path, out: Path) -> None:
             config = yaml.safe_load((run / "config.yaml").read_text())
             environment = json.loads((run / "environment.json").read_text())
             metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-            latest = {}
-            for text in (run / "evaluations.jsonl").read_text().splitlines():
-                record = json.loads(text)
-                latest[record["protocol"], record["encoder"]] = record
+            records = map(json.loads, (run / "evaluations.jsonl").read_text().splitlines())
+            latest = {step_of(record): record for record in records}
             rows.append(
                 {
                     "set": name,
@@ -110,10 +118,11 @@ def table(work: Path, out: Path) -> None:
                     "evaluations": list(latest.values()),
                 }
             )
-            for (protocol, encoder), record in latest.items():
+            for step, record in latest.items():
+                encoder = record["encoder"]
                 what = f"pretrained, `{variant}`" if encoder == "pretrained" else BASELINES[encoder]
                 figures = f"{record['top1']:.1f} | {record['top5']:.1f} | {record['seconds']:.0f}"
-                lines.append(f"| {name} | {protocol} | {what} | {figures} |")
+                lines.append(f"| {name} | {step.removesuffix(' ' + encoder)} | {what} | {figures} |")
     out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
     head = "| set | protocol | encoder | top-1 | top-5 | seconds |\n|---|---|---|---|---|---|\n"
     print(head + "\n".join(lines))
