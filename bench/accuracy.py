@@ -114,7 +114,11 @@ def table(work: Path, out: Path) -> None:
                         "last_loss": [m["loss"] for m in metrics if m["kind"] == "epoch"][-1],
                     },
                     "commands": commands(name, variant),
-                    "environment": environment,
+                    # Paths and host details stay with the run.
+                    "environment": {
+                        name: environment[name] for name in ("commit", "versions", "cpu", "cores", "threads")
+                    }
+                    | {"data": environment["data"]["fingerprint"]},
                     "evaluations": list(latest.values()),
                 }
             )
