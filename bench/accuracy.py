@@ -25,15 +25,17 @@ import yaml
 PROTOCOLS = {
     "linear": "probe RUN --data DATA",
     "knn": "knn RUN --data DATA",
-    "linear, 4 views": "probe RUN --data DATA --augment-views 4",
+    "linear, 1 view": "probe RUN --data DATA --augment-views 1",
+    "knn, 1 view": "knn RUN --data DATA --augment-views 1",
     "finetune": "finetune RUN --data DATA --overwrite",
     "linear untrained": "probe RUN --data DATA --encoder untrained",
-    "linear, 4 views untrained": "probe RUN --data DATA --augment-views 4 --encoder untrained",
+    "linear, 1 view untrained": "probe RUN --data DATA --augment-views 1 --encoder untrained",
+    "knn, 1 view untrained": "knn RUN --data DATA --augment-views 1 --encoder untrained",
     "knn untrained": "knn RUN --data DATA --encoder untrained",
     "knn raw": "knn RUN --data DATA --raw",
     "finetune scratch": "finetune RUN --data DATA --encoder scratch --overwrite",
 }
-PRETRAINED = ("linear", "knn", "linear, 4 views", "finetune")
+PRETRAINED = ("linear", "knn", "linear, 1 view", "knn, 1 view", "finetune")
 # Baselines need no pretraining; they are kept with the first run of a set, whose split and sizes they share.
 STEPS = {
     "UI_PRMD": {"released": tuple(PROTOCOLS), "paper": PRETRAINED},
@@ -60,7 +62,7 @@ def step_of(record: dict) -> str:
     views = record.get("augment_views") or 0
     return (
         record["protocol"]
-        + (f", {views} views" if views else "")
+        + (f", {views} view" + "s" * (views > 1) if views else "")
         + (f" {record['encoder']}" if record["encoder"] in BASELINES else "")
     )
 

@@ -119,12 +119,14 @@ class ProbeConfig:
 
 @dataclass(kw_only=True, slots=True)
 class KnnConfig:
-    """Nearest neighbours by cosine similarity of the pooled features of centre crops."""
+    """Nearest neighbours by cosine similarity of pooled features; test clips by their centre crops."""
 
     k: int = 1
     """Neighbours that vote; a tie goes to the class with the larger sum of similarities."""
     standardize: bool = False
     """Bring each feature to mean 0 and variance 1 over the training clips first."""
+    augment_views: int = 0
+    """0 compares with the centre crop of each training clip; k > 0 with k random crops and rotations of each."""
     frames: int = 32
     """Frames that a clip is resampled to for the raw-pose neighbours (--raw)."""
     root: Literal["first", "frame"] = "first"

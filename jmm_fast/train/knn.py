@@ -35,9 +35,9 @@ def knn(
 ) -> dict:
     """Classify each test clip by its nearest training clips.
 
-    Features: cosine similarity of the encoder's pooled features of centre crops. ``raw``: Euclidean distance of whole
-    clips resampled to ``knn.frames`` frames, relative to the hips and turned so that these face one way; no network is
-    involved. Deterministic.
+    Features: cosine similarity of the encoder's pooled features, of centre crops or, for the training clips, of
+    ``knn.augment_views`` random crops each. ``raw``: Euclidean distance of whole clips resampled to ``knn.frames``
+    frames, relative to the hips and turned so that these face one way; no network is involved. Deterministic.
 
     Args:
         source: from :func:`jmm_fast.train.evaluate.open_source`; settings: ``source.config.knn``.
@@ -57,22 +57,29 @@ def knn(
         check_joints(config, store)
         device = environment.device(config.device)
         backbone = source.encoder(encoder, seed=settings.seed)
-        train, test = (
-            pooled_features(
-                backbone,
-                batches(store, ids, config, train=False, batch_size=config.data.batch_size, seed=0, device=device),
+
+        def features(ids: Tensor, title: str, view: int | None) -> Tensor:
+            clips = batches(
+                store,
+                ids,
+                config,
+                train=view is not None,
+                batch_size=config.data.batch_size,
+                seed=settings.seed,
                 device=device,
-                dtype=config.dtype,
-                title=f"features of {name} clips",
-            )[0]
-            for name, ids in (("training", split.train), ("test", split.test))
-        )
+                shuffle=False,
+            )
+            return pooled_features(backbone, clips, device=device, dtype=config.dtype, title=title, epoch=view or 0)[0]
+
+        views = range(settings.augment_views) if settings.augment_views else (None,)
+        train = torch.cat([features(split.train, "features of training clips", view) for view in views])
+        test = features(split.test, "features of test clips", None)
         if settings.standardize:
             mean, deviation = train.mean(0), train.std(0).clamp(min=1e-6)
             train, test = (train - mean) / deviation, (test - mean) / deviation
         train, test = functional.normalize(train, dim=1), functional.normalize(test, dim=1)
         similarity = lambda rows: rows @ train.T  # noqa: E731
-    labels = store.labels[split.train]
+    labels = store.labels[split.train].repeat(len(train) // len(split.train))
     ranking = torch.cat(
         [neighbour_ranking(similarity(rows), labels, settings.k, store.num_classes) for rows in test.split(1024)]
     )
@@ -85,7 +92,11 @@ def knn(
         protocol="knn",
         encoder="raw" if raw else encoder,
         k=settings.k,
-        **({"frames": settings.frames, "root": settings.root} if raw else {"standardize": settings.standardize}),
+        **(
+            {"frames": settings.frames, "root": settings.root}
+            if raw
+            else {"standardize": settings.standardize, "augment_views": settings.augment_views}
+        ),
         train_clips=len(split.train),
         seed=settings.seed,
         seconds=round(time.monotonic() - began, 1),

@@ -218,17 +218,24 @@ def _evaluation(run: Path, evaluations: Sequence[dict], environment: dict) -> st
     encoders += sorted({_encoder(record) for record in records} - set(encoders))
     groups: dict[tuple, list[dict]] = {}
     for record in records:
-        key = (str(record.get("protocol")), str(record.get("split") or ""), float(record.get("labels") or 1.0))
+        key = (
+            str(record.get("protocol")),
+            str(record.get("split") or ""),
+            float(record.get("labels") or 1.0),
+            int(record.get("augment_views") or 0),
+        )
         groups.setdefault(key, []).append(record)
     order = [*_PROTOCOLS]
     rows = []
-    for protocol, split, labels in sorted(
-        groups, key=lambda key: (order.index(key[0]) if key[0] in order else len(order), *key[:2], -key[2])
+    for protocol, split, labels, views in sorted(
+        groups, key=lambda key: (order.index(key[0]) if key[0] in order else len(order), *key[:2], -key[2], key[3])
     ):
-        group = groups[protocol, split, labels]
+        group = groups[protocol, split, labels, views]
         name = escape(_PROTOCOLS.get(protocol, protocol))
         if labels != 1.0:
             name += f", {100 * labels:g} % of the labels"
+        if views:
+            name += f", {views} random view{'s' * (views > 1)} of each training clip"
         cells = []
         values = {encoder: [record for record in group if _encoder(record) == encoder] for encoder in encoders}
         means = [statistics.fmean(float(item["top1"]) for item in items) for items in values.values() if items]
@@ -308,7 +315,8 @@ def _latest(evaluations: Iterable[dict]) -> list[dict]:
     latest: dict[tuple, dict] = {}
     for record in evaluations:
         if isinstance(record.get("top1"), int | float):
-            key = tuple(str(record.get(name)) for name in ("protocol", "encoder", "split", "labels", "seed", "k"))
+            names = ("protocol", "encoder", "split", "labels", "seed", "k", "augment_views")
+            key = tuple(str(record.get(name)) for name in names)
             latest.pop(key, None)
             latest[key] = record
     return list(latest.values())

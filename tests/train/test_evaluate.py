@@ -196,6 +196,24 @@ def test_knn_of_each_kind(clips, run):
     ]
 
 
+def test_knn_among_random_views(clips, run, monkeypatch):
+    """Every view of every training clip is a neighbour; views are drawn by clip, so a repeat sees the same ones."""
+    seen = []
+
+    def spy(similarity, labels, *rest):
+        seen.append((similarity, labels))
+        return neighbour_ranking(similarity, labels, *rest)
+
+    monkeypatch.setattr("jmm_fast.train.knn.neighbour_ranking", spy)
+    lines = [knn(source(run, knn={"augment_views": views}), data=clips, say=quiet) for views in (0, 2, 2)]
+    assert [line["augment_views"] for line in lines] == [0, 2, 2]
+    (centre, labels), (views, doubled), (again, _) = seen
+    assert torch.equal(doubled, labels.repeat(2)) and views.shape == (len(centre), 2 * len(labels))
+    assert torch.equal(views, again)
+    first, second = views.chunk(2, dim=1)
+    assert not torch.isclose(first, second).all() and not torch.isclose(first, centre).all()
+
+
 def test_a_clip_is_its_own_neighbour(clips, run):
     """Testing on the training clips finds each of them: 100 %."""
     found = source(run, data={"split": "self"})
