@@ -28,5 +28,5 @@ def topology_attention(
         scores = scores.to(torch.promote_types(scores.dtype, table.dtype))
         scores = scores * term if multiply else scores + term
     # Softmax statistics in float32 at least: half precision loses the tail of 750 terms.
-    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    return weights.to(v.dtype) @ v
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return torch.softmax(scores, dim=-1).to(v.dtype) @ v
