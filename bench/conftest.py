@@ -9,7 +9,7 @@ import pytest
 # As the command line does, and like it before torch starts: the figures should be those a user sees.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-import torch  # noqa: E402
+import torch
 
 
 def matrix_product_rate(size: int = 2048, repeats: int = 7) -> float:
