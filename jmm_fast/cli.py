@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = list(sys.argv[1:] if argv is None else argv)
     # Read by torch's CPU allocator when it starts: large tensors in huge pages. Half of the reference path's attention
-    # was spent on page faults of its score matrices (18.0 s a step at the released size; 12.9 s with it).
+    # was spent on page faults of its score matrices (18.0 s a step at the released size; 13.5 s with it).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         if not args or args[0] in ("-h", "--help"):
