@@ -20,6 +20,7 @@ from jmm_fast.models import convert
 from jmm_fast.models.config import ModelConfig
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+_FOREIGN = "it belongs to a network of another shape"
 
 # Junk can break the unpickler in any of its steps.
 _BROKEN_PICKLE = (
@@ -72,28 +73,28 @@ def read(path: str | os.PathLike, heads: int | None = None) -> tuple[ModelConfig
     return config, convert.from_authors(state)
 
 
-def load_into(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLike, *, partial: bool = False) -> None:
+def load_into(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLike) -> None:
     """Load ``state`` into ``model``; a missing, unknown or misshapen parameter is a ``UserError`` naming it.
 
     Args:
         model: takes the values.
         state: parameters under the model's names.
         path: named in errors.
-        partial: ignore parameters the model does not have (a decoder, another head).
     """
     own = model.state_dict()
     missing = sorted(own.keys() - state.keys())
     if missing:
-        raise UserError(f"{path} lacks parameter {missing[0]} ({len(missing)} in all) of this model")
+        raise UserError(f"{path} holds no {missing[0]} (and {len(missing) - 1} more): {_FOREIGN}")
     unknown = sorted(state.keys() - own.keys())
-    if unknown and not partial:
-        raise UserError(f"{path} holds parameter {unknown[0]} ({len(unknown)} in all) that this model does not have")
+    if unknown:
+        raise UserError(f"{path} holds {unknown[0]}, which this network lacks: {_FOREIGN}")
     for name, value in own.items():
         if value.shape != state[name].shape:
             raise UserError(
-                f"{path}: parameter {name} must be {list(value.shape)} for this model, got {list(state[name].shape)}"
+                f"{path}: parameter {name} is {list(state[name].shape)}, this network needs {list(value.shape)}, "
+                f"and both must be equal: {_FOREIGN}"
             )
-    model.load_state_dict({name: state[name] for name in own})
+    model.load_state_dict(state)
 
 
 def _read_config(path: Path) -> ModelConfig:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from jmm_fast.errors import UserError
 from jmm_fast.files import atomic_path
+from jmm_fast.models import load_into
 
 _NAME = re.compile(r"step-(\d{9})\.safetensors")
 
@@ -103,7 +104,8 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
     Raises:
         UserError: the checkpoint belongs to a network of another shape; names the first tensor that differs.
     """
-    load_weights(model, checkpoint.tensors, "model/", checkpoint.path)
+    weights = {k.removeprefix("model/"): v for k, v in checkpoint.tensors.items() if k.startswith("model/")}
+    load_into(model, weights, checkpoint.path)
     if optimizer is None:
         return
     state: dict[int, dict[str, Tensor]] = {}
@@ -123,24 +125,6 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
             index += 1
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def load_weights(model: nn.Module, tensors: dict[str, Tensor], prefix: str, path: Path) -> None:
-    """Copy ``tensors`` under ``prefix`` into ``model``, all of them or :class:`UserError` naming the first misfit."""
-    found = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    wanted = model.state_dict()
-    for name, value in wanted.items():
-        if name not in found:
-            raise UserError(f"{path} holds no {name}: it belongs to a network of another shape")
-        if found[name].shape != value.shape:
-            raise UserError(
-                f"{path}: {name} is {list(found[name].shape)}, this network needs {list(value.shape)}: "
-                "it belongs to a network of another shape"
-            )
-    extra = next((name for name in found if name not in wanted), None)
-    if extra is not None:
-        raise UserError(f"{path} holds {extra}, which this network lacks: it belongs to a network of another shape")
-    model.load_state_dict(found)
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
