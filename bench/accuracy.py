@@ -1,4 +1,4 @@
-"""Accuracy of the recipe ``small`` on two public sets: pretraining, linear, kNN and finetuned evaluation, baselines.
+"""Accuracy of the recipe ``small`` on two public sets: each variant of the method over seeds, baselines, finetuning.
 
 UI-PRMD (Kinect part, public domain) and the Bandai-Namco Research Motiondataset (CC BY-NC 4.0) as ragged .npz files:
 
@@ -16,6 +16,7 @@ may run side by side with different ``--only``. The last writes the table from t
 import argparse
 import json
 import shlex
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -35,25 +36,45 @@ PROTOCOLS = {
     "knn raw": "knn RUN --data DATA --raw",
     "finetune scratch": "finetune RUN --data DATA --encoder scratch --overwrite",
 }
-PRETRAINED = ("linear", "knn", "linear, 1 view", "knn, 1 view", "finetune")
-# Baselines need no pretraining; they are kept with the first run of a set, whose split and sizes they share.
-STEPS = {
-    "UI_PRMD": {"released": tuple(PROTOCOLS), "paper": PRETRAINED},
-    "BANDAI_NAMCO": {"released": tuple(PROTOCOLS)},
+VARIANTS = {
+    "mamp": "--variant mamp",
+    "released": "--variant released",
+    "paper-none": "--variant paper --model.topology none",
+    "paper-hops": "--variant paper",
+    "paper-adjacency": "--variant paper --model.topology adjacency",
+    "paper-free": "--variant paper --model.topology free",
 }
+SEEDS = {"UI_PRMD": (0, 1, 2), "BANDAI_NAMCO": (0,)}
 PRETRAIN = {
-    "UI_PRMD": "pretrain small --variant VARIANT --data DATA --out RUN --epochs 40 --seed 0",
-    "BANDAI_NAMCO": "pretrain small --variant VARIANT --data DATA --out RUN --epochs 10 --warmup-epochs 1 --seed 0",
+    "UI_PRMD": "pretrain small OPTIONS --data DATA --out RUN --epochs 40 --seed SEED",
+    "BANDAI_NAMCO": "pretrain small OPTIONS --data DATA --out RUN --epochs 10 --warmup-epochs 1 --seed SEED",
 }
 FINETUNE = {"UI_PRMD": " --epochs 20 --warmup-epochs 2", "BANDAI_NAMCO": " --epochs 6 --warmup-epochs 1"}
 BASELINES = {"untrained": "untrained", "raw": "raw poses", "scratch": "from scratch"}
 
 
-def commands(name: str, variant: str) -> dict[str, str]:
+def runs(name: str) -> list[tuple[str, int]]:
+    """Variant and seed of each run on a set, the first seed of all variants first."""
+    return [(variant, seed) for seed in SEEDS[name] for variant in VARIANTS]
+
+
+def steps(name: str, variant: str, seed: int) -> tuple[str, ...]:
+    """Protocols of a run. What needs no pretraining is kept with `released`, whose network has no topology."""
+    first = seed == SEEDS[name][0]
+    if variant == "released":
+        return tuple(PROTOCOLS) if first else ("linear", "knn", "linear untrained", "knn untrained")
+    if variant == "paper-hops" and name == "UI_PRMD" and first:
+        return ("linear", "knn", "linear, 1 view", "knn, 1 view", "finetune")
+    return ("linear", "knn")
+
+
+def commands(name: str, variant: str, seed: int) -> dict[str, str]:
     """Step -> command line, with DATA and RUN left to fill in."""
-    lines = {"pretrain": PRETRAIN[name].replace("VARIANT", variant)}
-    for step in STEPS[name][variant]:
+    lines = {"pretrain": PRETRAIN[name].replace("OPTIONS", VARIANTS[variant]).replace("SEED", str(seed))}
+    for step in steps(name, variant, seed):
         lines[step] = PROTOCOLS[step] + (FINETUNE[name] if step.startswith("finetune") else "")
+        if seed and step != "knn raw":
+            lines[step] += f" --seed {seed}"
     return lines
 
 
@@ -78,11 +99,11 @@ def done(run: Path) -> set[str]:
 
 def run_all(data: dict[str, str], work: Path, only: str) -> None:
     for name, path in data.items():
-        for variant in STEPS[name]:
-            if only not in f"{name}/{variant}":
+        for variant, seed in runs(name):
+            if only not in f"{name}/{variant}/seed{seed}":
                 continue
-            run = work / name / variant
-            for step, line in commands(name, variant).items():
+            run = work / name / variant / f"seed{seed}"
+            for step, line in commands(name, variant, seed).items():
                 if step in done(run):
                     continue
                 words = [path if word == "DATA" else str(run) if word == "RUN" else word for word in line.split()]
@@ -93,11 +114,12 @@ def run_all(data: dict[str, str], work: Path, only: str) -> None:
 
 
 def table(work: Path, out: Path) -> None:
-    """Write ``out.json`` and ``out.md`` from the records of the runs under ``work``."""
-    rows, lines = [], []
-    for name, variants in STEPS.items():
-        for variant in variants:
-            run = work / name / variant
+    """Write ``out.json`` from the records of the runs under ``work`` and print the table: mean and deviation."""
+    rows = []
+    results: dict[tuple[str, str, str], list[float]] = {}
+    for name in SEEDS:
+        for variant, seed in runs(name):
+            run = work / name / variant / f"seed{seed}"
             if not (run / "evaluations.jsonl").exists():
                 continue
             config = yaml.safe_load((run / "config.yaml").read_text())
@@ -109,42 +131,45 @@ def table(work: Path, out: Path) -> None:
                 {
                     "set": name,
                     "variant": variant,
+                    "seed": seed,
                     "pretraining": {
                         "epochs": config["epochs"],
-                        "seed": config["seed"],
+                        "dtype": config["dtype"],
                         "seconds": round(metrics[-1]["time"], 1),
                         "last_loss": [m["loss"] for m in metrics if m["kind"] == "epoch"][-1],
                     },
-                    "commands": commands(name, variant),
+                    "commands": commands(name, variant, seed),
                     # Paths and host details stay with the run.
-                    "environment": {
-                        name: environment[name] for name in ("commit", "versions", "cpu", "cores", "threads")
-                    }
+                    "environment": {key: environment[key] for key in ("commit", "versions", "cpu", "cores", "threads")}
                     | {"data": environment["data"]["fingerprint"]},
-                    "evaluations": list(latest.values()),
+                    "evaluations": [
+                        {key: record[key] for key in record if key not in ("predictions", "data")}
+                        for record in latest.values()
+                    ],
                 }
             )
             for step, record in latest.items():
                 encoder = record["encoder"]
                 what = f"pretrained, `{variant}`" if encoder == "pretrained" else BASELINES[encoder]
-                figures = f"{record['top1']:.1f} | {record['top5']:.1f} | {record['seconds']:.0f}"
-                lines.append(f"| {name} | {step.removesuffix(' ' + encoder)} | {what} | {figures} |")
+                results.setdefault((name, step.removesuffix(" " + encoder), what), []).append(record["top1"])
     out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
-    head = "| set | protocol | encoder | top-1 | top-5 | seconds |\n|---|---|---|---|---|---|\n"
-    print(head + "\n".join(lines))
+    print("| set | protocol | encoder | top-1 | seeds |\n|---|---|---|---|---|")
+    for (name, protocol, what), top1 in sorted(results.items()):
+        deviation = f" ± {statistics.stdev(top1):.1f}" if len(top1) > 1 else ""
+        print(f"| {name} | {protocol} | {what} | {statistics.mean(top1):.1f}{deviation} | {len(top1)} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", action="append", default=[], metavar="SET=FILE", help=f"sets: {', '.join(STEPS)}")
+    parser.add_argument("--data", action="append", default=[], metavar="SET=FILE", help=f"sets: {', '.join(SEEDS)}")
     parser.add_argument("--work", type=Path, required=True, help="folder of the runs")
-    parser.add_argument("--only", default="", help="part of SET/VARIANT")
+    parser.add_argument("--only", default="", help="part of SET/VARIANT/seedN")
     parser.add_argument("--table", type=Path, help="write TABLE.json from the runs and print the table")
     arguments = parser.parse_args()
     data = dict(item.split("=", 1) for item in arguments.data)
-    unknown = data.keys() - STEPS.keys()
+    unknown = data.keys() - SEEDS.keys()
     if unknown:
-        parser.error(f"unknown set {sorted(unknown)[0]}: expected {', '.join(STEPS)}")
+        parser.error(f"unknown set {sorted(unknown)[0]}: expected {', '.join(SEEDS)}")
     run_all(data, arguments.work, arguments.only)
     if arguments.table:
         table(arguments.work, arguments.table)

@@ -29,6 +29,8 @@ std::atomic<int> current{kUnset};
 
 std::string_view isa_name(Isa isa) {
   switch (isa) {
+    case Isa::kAvx512Bf16:
+      return "avx512bf16";
     case Isa::kAvx512:
       return "avx512";
     case Isa::kAvx2:
@@ -47,6 +49,9 @@ std::vector<Isa> usable_isas() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
       isas.push_back(Isa::kAvx512);
+    #if defined(JMM_HAVE_avx512bf16)
+      if (__builtin_cpu_supports("avx512bf16")) isas.push_back(Isa::kAvx512Bf16);
+    #endif
     }
   #endif
   }

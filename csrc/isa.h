@@ -7,7 +7,7 @@
 namespace jmm_fast {
 
 /// Instruction sets the kernels are compiled for, in rising order.
-enum class Isa { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
+enum class Isa { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 
 std::string_view isa_name(Isa isa);
 
@@ -22,6 +22,13 @@ void set_isa(std::string_view name);
 
 /// `return`s the call made in the namespace of the instruction set: JMM_DISPATCH(isa, jmm_fast::op, run(x)) is
 /// `jmm_fast::op::avx512::run(x)` where `isa` is kAvx512.
+#if defined(JMM_HAVE_avx512bf16)
+  #define JMM_CASE_AVX512_BF16(op, call) \
+    case Isa::kAvx512Bf16:               \
+      return op::avx512bf16::call;
+#else
+  #define JMM_CASE_AVX512_BF16(op, call)
+#endif
 #if defined(JMM_HAVE_avx512)
   #define JMM_CASE_AVX512(op, call) \
     case Isa::kAvx512:              \
@@ -38,6 +45,7 @@ void set_isa(std::string_view name);
 #endif
 #define JMM_DISPATCH(isa, op, call) \
   switch (isa) {                    \
+    JMM_CASE_AVX512_BF16(op, call)  \
     JMM_CASE_AVX512(op, call)       \
     JMM_CASE_AVX2(op, call)         \
     default:                        \
