@@ -30,7 +30,9 @@ def motion_loss(
     ``loss = sum_l mask_l * mean_i (prediction_li - y_li)^2 / sum_l mask_l`` over all bodies; 0 when nothing is masked.
 
     Args:
-        prediction: floating ``[B,L,u*C]``.
+        prediction: floating ``[B,L,u*C]``; or ``[B,M,u*C]``, the masked tokens alone in ascending order, when every
+            body has ``M`` of them (``MotionMask`` gives ``M = L - K``). Values of ``mask`` are checked for that on CPU
+            tensors and not on a device, where looking would stall.
         clips: floating ``[B,T,V,C]``, metres.
         mask: bool ``[B,L]``, True = masked (``MotionMask.mask``).
         t_patch: frames per token, ``u``.
@@ -51,10 +53,11 @@ def motion_loss(
     bodies, frames, joints, channels = clips.shape
     tokens = frames // t_patch * joints
     checks.floating("prediction", prediction, "[B,L,u*C]", 3)
+    count = prediction.shape[1]
     checks.require(
-        prediction.shape == (bodies, tokens, t_patch * channels),
+        prediction.shape == (bodies, count, t_patch * channels) and count <= tokens,
         "prediction",
-        f"floating [{bodies}, {tokens}, {t_patch * channels}]",
+        f"floating [{bodies}, {tokens}, {t_patch * channels}], or of the masked tokens alone",
         prediction,
     )
     checks.require(
@@ -65,5 +68,12 @@ def motion_loss(
     )
     checks.require(isinstance(stride, int) and 1 <= stride < frames, "stride", f"in [1, {frames})", stride)
     checks.same_device(prediction=prediction, clips=clips, mask=mask)
+    if count < tokens and mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        masked = mask.sum(1)
+        if (masked != count).any():
+            raise ValueError(
+                f"prediction must be [B,L,u*C], or [B,M,u*C] with M masked tokens in every body, got "
+                f"{list(prediction.shape)} where bodies have {masked.min()} to {masked.max()} of {tokens} tokens masked"
+            )
     choose("motion_loss", backend, prediction)
     return torch.ops.jmm_fast.motion_loss(prediction, clips, mask, t_patch=t_patch, stride=stride, normalize=normalize)

@@ -17,6 +17,15 @@ def motion_target(clips: Tensor, *, t_patch: int, stride: int = 1, normalize: bo
     return target
 
 
+def masked_tokens(mask: Tensor, count: int) -> Tensor:
+    """Token numbers of the first ``count`` masked tokens of each body, ascending: ``[B,L] -> [B,count]``."""
+    bodies, tokens = mask.shape
+    # A column more than there are tokens takes the numbers of those that are not masked.
+    place = torch.where(mask, mask.cumsum(1) - 1, tokens)
+    token = torch.arange(tokens, device=mask.device).expand(bodies, -1)
+    return place.new_zeros(bodies, tokens + 1).scatter(1, place, token)[:, :count]
+
+
 def motion_loss(
     prediction: Tensor, clips: Tensor, mask: Tensor, *, t_patch: int, stride: int, normalize: bool
 ) -> Tensor:
@@ -25,5 +34,9 @@ def motion_loss(
     target = motion_target(
         clips.to(torch.promote_types(clips.dtype, torch.float32)), t_patch=t_patch, stride=stride, normalize=normalize
     )
+    if prediction.shape[1] != mask.shape[1]:
+        token = masked_tokens(mask, prediction.shape[1])
+        target = target.gather(1, token[..., None].expand(-1, -1, target.shape[-1]))
+        mask = mask.gather(1, token)
     error = (prediction.to(dtype) - target).square().mean(-1)
     return (error * mask).sum() / mask.sum().clamp(min=1)

@@ -53,6 +53,33 @@ def test_visible_tokens_do_not_count():
     assert ops.motion_loss(prediction, clips, torch.zeros_like(mask)) == 0
 
 
+def masked_only(bodies=3, frames=8, joints=5, masked=6, dtype=torch.float32):
+    prediction, clips, _ = loss_inputs(dtype, bodies, frames, joints)
+    mask = torch.rand(prediction.shape[:2]).argsort(dim=1) < masked
+    return prediction, clips, mask
+
+
+@pytest.mark.parametrize("masked", [0, 1, 6, 10])
+def test_predictions_of_masked_tokens_alone_give_the_same(masked):
+    prediction, clips, mask = masked_only(masked=masked, dtype=torch.float64)
+    whole = prediction.clone().requires_grad_()
+    loss = ops.motion_loss(whole, clips, mask)
+    loss.backward()
+    alone = prediction[mask].reshape(3, masked, 12).clone().requires_grad_()
+    ours = ops.motion_loss(alone, clips, mask)
+    ours.backward()
+    torch.testing.assert_close(ours, loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(alone.grad, whole.grad[mask].reshape(3, masked, 12), rtol=1e-12, atol=0)
+
+
+def test_predictions_of_masked_tokens_alone_need_as_many_in_every_body():
+    prediction, clips, mask = masked_only()
+    mask[1, mask[1].nonzero()[0]] = False
+    for count in (5, 6, 7):
+        with pytest.raises(ValueError, match=rf"got \[3, {count}, 12\] where bodies have 5 to 6 of 10 tokens masked"):
+            ops.motion_loss(prediction[:, :count], clips, mask)
+
+
 def test_empty_bodies_are_finite_and_half_precision_is_summed_in_float32():
     prediction, clips, mask = loss_inputs(bodies=3)
     clips[1] = 0
@@ -75,7 +102,8 @@ def test_gradients():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"prediction": torch.zeros(2, 10, 11)}, r"prediction must be floating \[2, 10, 12\]"),
+        ({"prediction": torch.zeros(2, 10, 11)}, r"prediction must be floating \[2, 10, 12\], or of the masked"),
+        ({"prediction": torch.zeros(2, 11, 12)}, r"prediction must be floating \[2, 10, 12\], or of the masked"),
         ({"mask": torch.zeros(2, 10)}, r"mask must be bool \[2, 10\], got float32 \[2, 10\]"),
         ({"stride": 8}, r"stride must be in \[1, 8\), got 8"),
         ({"stride": 0}, "stride must be in"),
