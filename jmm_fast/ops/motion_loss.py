@@ -10,7 +10,13 @@ from jmm_fast.ops.backend import choose, library
 library.define(
     "motion_loss(Tensor prediction, Tensor clips, Tensor mask, *, int t_patch, int stride, bool normalize) -> Tensor"
 )
+# Plain tensor code all the way down: autograd, fake tensors, compile and export look through it.
 library.impl("motion_loss", reference.motion_loss, "CompositeImplicitAutograd")
+
+library.define(
+    "motion_loss_forward(Tensor prediction, Tensor clips, Tensor mask, int t_patch, int stride, bool normalize, "
+    "bool differentiate) -> (Tensor, Tensor)"
+)
 
 
 def motion_loss(
@@ -38,7 +44,8 @@ def motion_loss(
         t_patch: frames per token, ``u``.
         stride: frames between the two poses of a difference, ``s``, in ``[1, T)``.
         normalize: predict each token's motion up to its own mean and scale.
-        backend: see ``jmm_fast.backends()``.
+        backend: see ``jmm_fast.backends()``. ``"cpu"`` takes a float32 or bfloat16 prediction (computed in float32, the
+            gradient in the dtype of the prediction) and float32 clips that need no gradient.
 
     Returns:
         A scalar, float32 at least whatever the inputs are; differentiable in ``prediction`` and ``clips``.
@@ -46,7 +53,8 @@ def motion_loss(
     Raises:
         ValueError: wrong shape, dtype, device or value.
 
-    Deterministic. Source: MAMP (ICCV 2023), section 3.3, as the released JMM-TGT code computes it.
+    Deterministic: repeatable bit for bit, for any number of threads. Source: MAMP (ICCV 2023), section 3.3, as the
+    released JMM-TGT code computes it.
     """
     checks.floating("clips", clips, "[B,T,V,C]", 4)
     checks.patches(clips, t_patch)
@@ -75,5 +83,42 @@ def motion_loss(
                 f"prediction must be [B,L,u*C], or [B,M,u*C] with M masked tokens in every body, got "
                 f"{list(prediction.shape)} where bodies have {masked.min()} to {masked.max()} of {tokens} tokens masked"
             )
-    choose("motion_loss", backend, prediction)
+    if choose("motion_loss", backend, prediction, _refusal(prediction, clips)) == "cpu":
+        return _NativeLoss.apply(prediction, clips, mask, t_patch, stride, bool(normalize))
     return torch.ops.jmm_fast.motion_loss(prediction, clips, mask, t_patch=t_patch, stride=stride, normalize=normalize)
+
+
+def _refusal(prediction: Tensor, clips: Tensor) -> str | None:
+    """Why the C++ kernel cannot take these inputs; None when it can."""
+    if prediction.dtype not in (torch.float32, torch.bfloat16):
+        return f"it takes a float32 or bfloat16 prediction, got {checks.describe(prediction)}"
+    if clips.dtype != torch.float32:
+        return f"it takes float32 clips, got {checks.describe(clips)}"
+    if clips.requires_grad and torch.is_grad_enabled():
+        return "it has no gradient with respect to clips, and these need one"
+    return None
+
+
+class _NativeLoss(torch.autograd.Function):
+    """The kernel of the C++ extension, which computes the gradient on its way through the forward pass."""
+
+    @staticmethod
+    def forward(ctx, prediction, clips, mask, t_patch, stride, normalize):
+        loss, gradient = torch.ops.jmm_fast.motion_loss_forward(
+            prediction, clips, mask, t_patch, stride, normalize, ctx.needs_input_grad[0]
+        )
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss):
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_loss, None, None, None, None, None
+
+
+@torch.library.register_fake("jmm_fast::motion_loss_forward", lib=library)
+def _fake_forward(prediction, clips, mask, t_patch, stride, normalize, differentiate):
+    bodies, rows, numbers = prediction.shape
+    loss = prediction.new_empty((), dtype=torch.float32)
+    return loss, prediction.new_empty(bodies if differentiate else 0, rows, numbers)
