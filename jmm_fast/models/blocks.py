@@ -64,9 +64,28 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, table: Tensor | None, joints: Tensor | None) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x), table, joints))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    def forward(self, x: Tensor, table: Tensor | None, joints: Tensor | None, keep: Tensor | None = None) -> Tensor:
+        """``[B,N,d]`` -> ``[B,N,d]``, or ``[B,M,d]``: the tokens ``keep [B,M]`` alone (each at most once)."""
+        attn, mlp = self.attn, self.mlp
+        drops = self.drop_path.rate > 0 and self.training
+        if ops.native_block(x, attn.backend, x.shape[2] // attn.heads):
+            shared = {"heads": attn.heads, "multiply": attn.mode == "scale", "keep": keep}
+            if not drops:
+                x = ops.attention_half(x, self.norm1, attn.qkv, attn.proj, table, joints, **shared)
+                return ops.mlp_half(x, self.norm2, mlp.fc1, mlp.fc2)
+            branch = ops.attention_half(x, self.norm1, attn.qkv, attn.proj, table, joints, **shared, add=False)
+            x = (x if keep is None else take(x, keep)) + self.drop_path(branch)
+            return x + self.drop_path(ops.mlp_half(x, self.norm2, mlp.fc1, mlp.fc2, add=False))
+        branch = attn(self.norm1(x), table, joints)
+        if keep is not None:
+            x, branch = take(x, keep), take(branch, keep)
+        x = x + self.drop_path(branch)
+        return x + self.drop_path(mlp(self.norm2(x)))
+
+
+def take(x: Tensor, tokens: Tensor) -> Tensor:
+    """The rows ``tokens [B,M]`` of ``x [B,N,d]``: ``[B,M,d]``."""
+    return x.gather(1, tokens[..., None].expand(-1, -1, x.shape[2]))
 
 
 class Stack(nn.Module):
@@ -84,13 +103,13 @@ class Stack(nn.Module):
         )
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, joints: Tensor) -> Tensor:
-        """Tokens ``[B,N,d]`` with their joints ``[N]`` or ``[B,N]`` -> ``[B,N,d]``."""
+    def forward(self, x: Tensor, joints: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Tokens ``[B,N,d]`` with their joints ``[N]`` or ``[B,N]`` -> ``[B,N,d]``, or ``[B,M,d]``: ``keep [B,M]``."""
         table = None if self.topology is None else self.topology()
         joints = None if table is None else joints
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, table, joints)
-        return self.norm(x)
+        return self.norm(self.blocks[-1](x, table, joints, keep))
 
 
 def init_weights(module: nn.Module) -> None:

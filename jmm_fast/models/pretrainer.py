@@ -31,13 +31,16 @@ class Decoder(nn.Module):
         self.joint = embedding(config.num_joints, dim)
         self.time = embedding(config.num_steps, dim)
 
-    def forward(self, latent: Tensor, restore: Tensor) -> Tensor:
-        """``[B,K,d]`` and ``MotionMask.restore [B,L]`` -> prediction ``[B,L,u*C]``."""
+    def forward(self, latent: Tensor, restore: Tensor, masked_only: bool = False) -> Tensor:
+        """``[B,K,d]`` and ``MotionMask.restore [B,L]`` -> prediction ``[B,L,u*C]``, or ``[B,L-K,u*C]``: the masked
+        tokens alone, ascending."""
         x = ops.token_grid_scatter(
             self.embed(latent), restore, self.mask_token[0], self.joint, self.time, backend=self.backend
         )
         joints = torch.arange(self.config.num_tokens, device=x.device) % self.config.num_joints
-        return self.head(self.stack(x, joints))
+        # restore is where each token sits in [visible, masked]; its inverse lists the tokens in that order.
+        masked = restore.argsort(1)[:, latent.shape[1] :] if masked_only else None
+        return self.head(self.stack(x, joints, masked))
 
 
 class JMMTGT(nn.Module):
@@ -58,9 +61,18 @@ class JMMTGT(nn.Module):
         self.encoder = Encoder(self.config, backend=backend)
         self.decoder = Decoder(self.config, backend=backend)
 
-    def forward(self, clips: Tensor, mask: MotionMask) -> Tensor:
-        """Predicted motion of every token, ``[B,L,u*C]``, from clips ``[B,T,V,C]`` and their mask."""
-        return self.decoder(self.encoder(clips, mask.visible), mask.restore)
+    def forward(self, clips: Tensor, mask: MotionMask, masked_only: bool = False) -> Tensor:
+        """Predicted motion of every token from clips ``[B,T,V,C]`` and their mask.
+
+        Args:
+            clips: floating ``[B,T,V,C]``, metres.
+            mask: from ``jmm_fast.ops.motion_mask``.
+            masked_only: predict the masked tokens alone, which is all that the loss reads.
+
+        Returns:
+            ``[B,L,u*C]``, or with ``masked_only`` ``[B,M,u*C]``: the masked tokens of each body in ascending order.
+        """
+        return self.decoder(self.encoder(clips, mask.visible), mask.restore, masked_only)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, *, heads: int | None = None, backend: str = "auto") -> Self:

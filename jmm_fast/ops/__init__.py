@@ -1,6 +1,7 @@
 """The public ops: formula, checks, choice of backend. One module per op, the same noun in every folder."""
 
 from jmm_fast.ops.backend import BACKENDS, OPS, backends
+from jmm_fast.ops.block import attention_half, mlp_half, native_block
 from jmm_fast.ops.clip_window import clip_window
 from jmm_fast.ops.motion_loss import motion_loss
 from jmm_fast.ops.motion_mask import MotionMask, motion_mask
@@ -11,10 +12,13 @@ __all__ = [
     "BACKENDS",
     "OPS",
     "MotionMask",
+    "attention_half",
     "backends",
     "clip_window",
+    "mlp_half",
     "motion_loss",
     "motion_mask",
+    "native_block",
     "token_grid_gather",
     "token_grid_scatter",
     "topology_attention",
