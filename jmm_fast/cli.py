@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; default those of the process.
 
     Returns:
-        Exit code: 0; 2 after a user's mistake; 130 after Ctrl-C, 143 after SIGTERM.
+        Exit code: 0; 1 when a kernel fails its parity check; 2 after a user's mistake; 130 after Ctrl-C, 143 after
+        SIGTERM.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     # Read by torch's CPU allocator when it starts: large tensors in huge pages. Half of the reference path's attention
@@ -270,6 +271,33 @@ def _report(args: list[str]) -> None:
     print(f"report written to {write_report(given.run, given.out, given.data)}")
 
 
+def _bench(args: list[str]) -> None:
+    from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+    kind = make_dataclass(
+        "Bench",
+        [
+            (
+                "ops",
+                Annotated[Positional[tuple[str, ...]], arg(help="ops to measure, feeder or step; default all")],
+                (),
+            ),
+            ("quick", Annotated[FlagCreatePairsOff[bool], arg(help="fewer rounds, nothing that takes minutes")], False),
+            ("json", Annotated[Path | None, arg(help="also write the record into this file")], None),
+            ("threads", Annotated[int | None, arg(help="threads of torch and of the kernels")], None),
+        ],
+        kw_only=True,
+    )
+    given = _parse(kind, args, "bench", "Our kernels against what they replace, each figure with its parity check.")
+    if given.json is not None and (given.json.is_dir() or not given.json.absolute().parent.is_dir()):
+        raise UserError(f"--json must be a file in a folder that exists, got {given.json}")
+    from jmm_fast.bench.command import bench
+
+    # Not a mistake of the user: a kernel of this build computes wrong numbers.
+    if not bench(given.ops, quick=given.quick, out=given.json, threads=given.threads):
+        raise SystemExit(1)
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "doctor": (_doctor, "what is installed, which backends run here and why the others do not"),
     "prepare": (_prepare, "make a clip store from raw data: prepare FORMAT RAW --out FILE"),
@@ -279,6 +307,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "knn": (_knn, "nearest neighbours on features or raw poses: knn RUN --data FILE"),
     "finetune": (_finetune, "train the whole network with labels: finetune RUN --data FILE"),
     "report": (_report, "one HTML page with the figures of a run: report RUN"),
+    "bench": (_bench, "speed and memory of the kernels against their peers on this machine: bench [OP ...]"),
 }
 
 

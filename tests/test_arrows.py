@@ -25,7 +25,8 @@ ALLOWED = {
     "recipes": {"train", "models", "data", *BELOW_MODELS},
     "viz": {"models", "data", *BELOW_MODELS},
     "doctor": {"train", "models", "data", *BELOW_MODELS},
-    "cli": {"doctor", "recipes", "train", "viz", "models", "data", *BELOW_MODELS},
+    "bench": {"recipes", "train", "models", "data", "_C", *BELOW_MODELS},
+    "cli": {"bench", "doctor", "recipes", "train", "viz", "models", "data", *BELOW_MODELS},
     "__main__": {"cli"},
     "__init__": set(),
 }

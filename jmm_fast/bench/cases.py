@@ -1,0 +1,64 @@
+"""Every case there is, by name."""
+
+import itertools
+from collections.abc import Callable, Iterator
+
+from jmm_fast.bench import (
+    clip_window,
+    feeder,
+    motion_loss,
+    motion_mask,
+    step,
+    token_grid,
+    topology_attention,
+)
+from jmm_fast.bench.case import Case, Workload
+
+WORKLOADS: dict[str, Workload] = {
+    "topology_attention": topology_attention.WORKLOAD,
+    "motion_mask": motion_mask.WORKLOAD,
+    "clip_window": clip_window.WORKLOAD,
+    "motion_loss": motion_loss.WORKLOAD,
+    "token_grid": token_grid.WORKLOAD,
+    "feeder": feeder.WORKLOAD,
+    "step": step.WORKLOAD,
+}
+"""The ops, a whole batch of clips (``feeder``) and the whole pretraining step (``step``)."""
+
+
+def all_cases() -> Iterator[Case]:
+    """Shape by shape, dtype, direction and contender of every workload, those that cannot run here included."""
+    for op, work in WORKLOADS.items():
+        for parts in itertools.product(work.shapes, work.dtypes, work.directions, work.contenders):
+            yield Case(op, *parts)
+
+
+def check(case: Case) -> None:
+    """Raise ``ValueError`` naming the part of ``case`` that no workload has."""
+    if case.op not in WORKLOADS:
+        raise ValueError(f"op must be one of {', '.join(WORKLOADS)}, got {case.op!r}")
+    work = WORKLOADS[case.op]
+    for part, known in (
+        ("shape", tuple(work.shapes)),
+        ("dtype", work.dtypes),
+        ("direction", work.directions),
+        ("contender", work.contenders),
+    ):
+        if getattr(case, part) not in known:
+            raise ValueError(f"{part} of {case.op} must be one of {', '.join(known)}, got {getattr(case, part)!r}")
+
+
+def prepare(case: Case) -> Callable[[], object]:
+    """Inputs of ``case`` made, the function to time returned.
+
+    Raises:
+        ValueError: no such case.
+    """
+    check(case)
+    return WORKLOADS[case.op].prepare(case)
+
+
+def unavailable(case: Case) -> str | None:
+    """Why ``case`` cannot run here; None when it can."""
+    check(case)
+    return WORKLOADS[case.op].unavailable(case)

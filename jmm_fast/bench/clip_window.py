@@ -1,0 +1,72 @@
+"""Crop, resample and rotate packed clips: ours, the plain twin, and feeders that go sample by sample."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from jmm_fast import ops, reference
+from jmm_fast.bench.case import Case, Check, Workload
+from jmm_fast.bench.inputs import clip_lengths, moving_clips
+from jmm_fast.bench.numpy_feeder import FEEDERS, dense_sample, feed
+from jmm_fast.bench.parity import compare
+from jmm_fast.ops.backend import unavailable
+
+# Two bodies in every clip: nothing is empty, which would cost us less than the feeder.
+SHAPES = {"ntu48": {"clips": 48, "bodies": 2, "joints": 25, "window": 120}}
+
+
+def prepare(case: Case) -> Callable[[], object]:
+    size = SHAPES[case.shape]
+    bodies, window = size["bodies"], size["window"]
+    lengths = clip_lengths(size["clips"])
+    clips = [moving_clips(bodies, int(length), size["joints"]) + 1 for length in lengths]
+    if case.contender in FEEDERS:
+        samples = [dense_sample(clip.numpy()) for clip in clips]
+        draws = np.random.default_rng(0)
+        return lambda: feed(samples, case.contender, window, draws)
+    frames = torch.cat([clip.flatten(0, 1) for clip in clips])
+    rows = torch.from_numpy(np.concatenate([[0], np.repeat(lengths, bodies).cumsum()[:-1]]))
+    count = torch.from_numpy(np.repeat(lengths, bodies))
+    length = torch.maximum((count * torch.rand(len(count)) / 2 + count / 2).long(), count.clamp(max=64))
+    angles = torch.empty(len(count), 3).uniform_(-0.3, 0.3)
+    return lambda: ops.clip_window(
+        frames, rows + (count - length) // 2, length, angles, window=window, backend=case.contender
+    )
+
+
+def checks(dtype: str, contender: str) -> Iterator[Check]:
+    kind = getattr(torch, dtype)
+    frames = moving_clips(1, 900)[0].to(kind)
+    length = torch.tensor([0, 1, 2, 63, 64, 74, 120, 121, 240, 300, 900])
+    start = torch.tensor([900, 5, 7, 10, 0, 300, 3, 200, 20, 600, 0])
+    angles = torch.empty(len(length), 3).uniform_(-0.3, 0.3)
+    for window in (1, 40, 120):
+        for turn in (angles, None):
+            yield from compare(
+                ("clips",),
+                [ops.clip_window(frames, start, length, turn, window=window, backend=contender)],
+                [reference.clip_window(frames, start, length, turn, window=window)],
+                [
+                    reference.clip_window(
+                        frames.double(), start, length, None if turn is None else turn.double(), window=window
+                    )
+                ],
+                torch.finfo(kind).eps,
+                where=f"window={window} {'turned ' if turn is not None else ''}",
+            )
+
+
+def missing(case: Case) -> str | None:
+    return None if case.contender in FEEDERS else unavailable("clip_window", case.contender)
+
+
+WORKLOAD = Workload(
+    shapes=SHAPES,
+    dtypes=("float32",),
+    directions=("forward",),
+    contenders=("cpu", "reference", *FEEDERS),
+    prepare=prepare,
+    checks=checks,
+    unavailable=missing,
+)

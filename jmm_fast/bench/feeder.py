@@ -1,0 +1,104 @@
+"""A whole training batch from a clip store, draws included, against feeders that go sample by sample."""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from jmm_fast import reference
+from jmm_fast.bench.case import Case, Check, Workload
+from jmm_fast.bench.inputs import clip_lengths, moving_clips
+from jmm_fast.bench.numpy_feeder import FEEDERS, dense_sample, feed
+from jmm_fast.bench.parity import compare
+from jmm_fast.data import BodyBatches, ClipStore, StoreContents
+from jmm_fast.skeleton import get
+
+SHAPES = {"ntu48": {"clips": 48, "bodies": 2, "joints": 25, "window": 120}}
+
+
+@functools.cache
+def _clips(shape: str) -> list[np.ndarray]:
+    """Clips ``[bodies, frames, joints, 3]`` of lengths as in NTU RGB+D."""
+    size = SHAPES[shape]
+    return [
+        (moving_clips(size["bodies"], int(length), size["joints"]) + 1).numpy()
+        for length in clip_lengths(size["clips"])
+    ]
+
+
+def _batches(shape: str, backend: str) -> BodyBatches:
+    size, clips = SHAPES[shape], _clips(shape)
+    body_lengths = np.repeat([clip.shape[1] for clip in clips], size["bodies"])
+    body_offsets = np.concatenate([[0], body_lengths.cumsum()])
+    store = ClipStore.from_contents(
+        StoreContents(
+            frames=np.concatenate([clip.reshape(-1, size["joints"], 3) for clip in clips]),
+            offsets=body_offsets[:: size["bodies"]].copy(),
+            body_offsets=body_offsets,
+            labels=np.zeros(size["clips"], dtype=np.int64),
+            class_names=["none"],
+            skeleton=get("ntu25"),
+        )
+    )
+    return BodyBatches(
+        store,
+        torch.arange(size["clips"]),
+        batch_size=size["clips"],
+        window=size["window"],
+        train=True,
+        seed=0,
+        empty_bodies="keep",
+        backend=backend,
+    )
+
+
+def prepare(case: Case) -> Callable[[], object]:
+    if case.contender in FEEDERS:
+        samples = [dense_sample(clip) for clip in _clips(case.shape)]
+        draws = np.random.default_rng(0)
+        return lambda: feed(samples, case.contender, SHAPES[case.shape]["window"], draws)
+    batches = _batches(case.shape, case.contender)
+    return lambda: batches.batch(batches.ids, 0).clips
+
+
+def checks(dtype: str, contender: str) -> Iterator[Check]:
+    """The batch against windows cut and turned one by one in float64, by the draws that the batches report."""
+    for shape in SHAPES:
+        ours, single = (_batches(shape, backend) for backend in (contender, "reference"))
+        store, index, epoch = ours.store, ours.ids, 3
+        begin, length = ours.windows(index, epoch)
+        angles = ours.angles(index, epoch).double()
+        exact = [
+            reference.clip_window(
+                store.frames.double(),
+                store.body_offsets[first + body, None] + begin[clip, None],
+                length[clip, None],
+                angles[clip, None],
+                window=ours.window,
+            )
+            for clip, (first, bodies) in enumerate(store.clip_bodies.tolist())
+            for body in range(bodies)
+        ]
+        yield from compare(
+            ("clips",),
+            [ours.batch(index, epoch).clips],
+            [single.batch(index, epoch).clips],
+            [torch.cat(exact)],
+            torch.finfo(torch.float32).eps,
+        )
+
+
+def missing(case: Case) -> str | None:
+    return None
+
+
+WORKLOAD = Workload(
+    shapes=SHAPES,
+    dtypes=("float32",),
+    directions=("forward",),
+    contenders=("auto", "reference", *FEEDERS),
+    prepare=prepare,
+    checks=checks,
+    unavailable=missing,
+)

@@ -1,0 +1,65 @@
+"""Peak memory of a case: what a fresh process needs beyond one that has merely loaded torch.
+
+``python -m jmm_fast.bench.memory CASE THREADS`` prints the two peaks in bytes as JSON.
+"""
+
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+from jmm_fast.bench.case import Case
+
+CALLS = 2
+"""Calls of the case: a training step allocates the optimiser's state only at the end of the first."""
+
+
+def peak_bytes() -> int:
+    """Largest resident size of this process so far."""
+    try:
+        # VmHWM begins anew with the program; ru_maxrss is inherited from a larger parent.
+        found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+        if found:
+            return int(found[1]) * 1024
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_memory(case: Case, threads: int) -> int:
+    """Bytes of the case, inputs included, at the peak of a fresh process over the process with torch loaded.
+
+    Raises:
+        RuntimeError: the process failed; the last line that it wrote says why.
+    """
+    result = subprocess.run(
+        [sys.executable, "-m", "jmm_fast.bench.memory", str(case), str(threads)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "THP_MEM_ALLOC_ENABLE": os.environ.get("THP_MEM_ALLOC_ENABLE", "1")},
+    )
+    if result.returncode:
+        last = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
+        raise RuntimeError(f"memory of {case}: {last}")
+    found = json.loads(result.stdout.splitlines()[-1])
+    return found["peak"] - found["baseline"]
+
+
+def main(text: str, threads: str) -> None:
+    import torch
+
+    from jmm_fast.bench.cases import prepare
+
+    torch.set_num_threads(int(threads))
+    baseline = peak_bytes()
+    run = prepare(Case.parse(text))
+    for _ in range(CALLS):
+        run()
+    print(json.dumps({"baseline": baseline, "peak": peak_bytes()}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

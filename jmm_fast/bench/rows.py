@@ -1,0 +1,167 @@
+"""The table: what is compared to what, and the bar each comparison must clear."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jmm_fast.bench.case import Case
+
+CONTENDERS = {
+    "cpu": "C++",
+    "auto": "default backends",
+    "reference": "reference",
+    "sdpa": "SDPA without bias",
+    "sdpa_mask": "SDPA with a learned mask",
+    "flex": "FlexAttention",
+    "numpy": "numpy + F.interpolate feeder",
+    "numpy_lean": "the same, made lean",
+}
+DIRECTIONS = {"forward": "forward", "forward_backward": "forward+backward", "step": "step"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One comparison.
+
+    Attributes:
+        ours, against: the two sides; equal inputs.
+        bar: ``against / ours`` must reach this; None for a comparison that is only shown.
+        at_most: say the bar the other way round, as ours in units of the other (a bar of 1: "<= 1x its time").
+        quantity: ``time``, or peak ``memory``.
+        threads: of both sides; None takes torch's.
+        device: kind of device that both sides need.
+        isa: instruction set that the bar is meant for; None for any.
+    """
+
+    ours: Case
+    against: Case
+    bar: float | None = None
+    at_most: bool = False
+    quantity: Literal["time", "memory"] = "time"
+    threads: int | None = None
+    device: str = "cpu"
+    isa: str | None = None
+
+    @property
+    def what(self) -> str:
+        parts = [self.ours.shape, self.ours.dtype]
+        if self.ours.direction != "step":
+            parts.append(DIRECTIONS[self.ours.direction])
+        if self.threads is not None:
+            parts.append(f"{self.threads} thread" + "s" * (self.threads > 1))
+        if self.quantity == "memory":
+            parts.append("peak memory")
+        return ", ".join(parts)
+
+    @property
+    def versus(self) -> str:
+        if self.against.contender == self.ours.contender:
+            return f"ours in {self.against.dtype}"
+        same = self.against.dtype == self.ours.dtype
+        return CONTENDERS[self.against.contender] + ("" if same else f" in {self.against.dtype}")
+
+    @property
+    def bar_text(self) -> str:
+        if self.bar is None:
+            return ""
+        noun = "time" if self.quantity == "time" else "memory"
+        if self.at_most:
+            return f"<= {_number(1 / self.bar)}x its {noun}"
+        return f">= {_number(self.bar)}x " + ("faster" if self.quantity == "time" else "less memory")
+
+    def measured_text(self, ratio: float) -> str:
+        """``against / ours`` in the words of the bar."""
+        if self.at_most:
+            return f"{1 / ratio:.2f}x its time"
+        if self.quantity == "memory":
+            return f"{ratio:.2f}x less"
+        return f"{ratio:.1f}x faster" if ratio >= 10 else f"{ratio:.2f}x faster"
+
+    def holds(self, ratio: float) -> bool | None:
+        """Whether the bar is cleared; None without one."""
+        return None if self.bar is None else ratio >= self.bar
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value != int(value) else str(int(value))
+
+
+def _attention() -> list[Row]:
+    def case(shape, contender, direction, dtype="float32"):
+        return Case("topology_attention", shape, dtype, direction, contender)
+
+    def row(shape, peer, direction, dtype="float32", **bar):
+        return Row(ours=case(shape, "cpu", direction, dtype), against=case(shape, peer, direction, dtype), **bar)
+
+    rows = [
+        row("decoder", "sdpa", "forward", bar=1.0, at_most=True),
+        row("decoder", "sdpa", "forward_backward", bar=1.0, at_most=True),
+        row("decoder", "sdpa_mask", "forward_backward", bar=3.0),
+        row("decoder", "reference", "forward", bar=6.0),
+        row("decoder", "reference", "forward_backward", bar=3.5),
+    ]
+    for direction in ("forward", "forward_backward"):
+        rows.append(
+            Row(
+                ours=case("decoder", "cpu", direction, "bfloat16"),
+                against=case("decoder", "cpu", direction, "float32"),
+                bar=1.8,
+                isa="avx512bf16",
+            )
+        )
+    rows += [
+        row("decoder", "sdpa_mask", "forward"),
+        row("decoder", "flex", "forward"),
+        row("decoder", "sdpa", "forward", "bfloat16", at_most=True),
+        row("decoder", "sdpa", "forward_backward", "bfloat16", at_most=True),
+        row("decoder", "flex", "forward", "bfloat16"),
+    ]
+    for shape in ("encoder", "decoder_d16", "decoder_d64"):
+        for direction in ("forward", "forward_backward"):
+            rows.append(row(shape, "sdpa", direction, at_most=True))
+            if shape == "encoder":
+                rows.append(row(shape, "sdpa_mask", direction))
+                rows.append(row(shape, "reference", direction))
+    rows.append(row("encoder", "flex", "forward"))
+    return rows
+
+
+def _pair(op, shape, dtype, direction, ours, against, **bar) -> Row:
+    return Row(ours=Case(op, shape, dtype, direction, ours), against=Case(op, shape, dtype, direction, against), **bar)
+
+
+def _step(shape: str, dtype: str, against: str, **bar) -> Row:
+    return Row(
+        ours=Case("step", shape, dtype, "step", "auto"),
+        against=Case("step", shape, against, "step", "reference"),
+        **bar,
+    )
+
+
+ROWS: tuple[Row, ...] = (
+    *_attention(),
+    _pair("motion_mask", "96", "float32", "forward", "cpu", "reference", bar=10.0),
+    _pair("motion_mask", "96_paper", "float32", "forward", "cpu", "reference"),
+    _pair("motion_mask", "8", "float32", "forward", "cpu", "reference"),
+    _pair("clip_window", "ntu48", "float32", "forward", "cpu", "numpy", bar=30.0, threads=1),
+    _pair("clip_window", "ntu48", "float32", "forward", "cpu", "numpy_lean", threads=1),
+    _pair("clip_window", "ntu48", "float32", "forward", "cpu", "reference"),
+    _pair("motion_loss", "full", "float32", "forward_backward", "cpu", "reference", bar=5.0),
+    _pair("motion_loss", "masked", "float32", "forward_backward", "cpu", "reference"),
+    _pair("motion_loss", "full", "bfloat16", "forward_backward", "cpu", "reference"),
+    _pair("motion_loss", "full", "float32", "forward", "cpu", "reference"),
+    _pair("token_grid", "gather", "float32", "forward", "cpu", "reference"),
+    _pair("token_grid", "scatter", "float32", "forward_backward", "cpu", "reference"),
+    _pair("feeder", "ntu48", "float32", "forward", "auto", "numpy", threads=1),
+    _pair("feeder", "ntu48", "float32", "forward", "auto", "numpy_lean", threads=1),
+    _pair("feeder", "ntu48", "float32", "forward", "auto", "reference"),
+    _step("released", "float32", "float32", bar=2.2),
+    _step("released", "bfloat16", "float32", bar=4.0, isa="avx512bf16"),
+    _step("released", "float32", "float32", bar=3.0, quantity="memory"),
+    _step("released", "bfloat16", "float32", bar=3.0, quantity="memory"),
+    _step("small", "float32", "float32"),
+    _step("small", "bfloat16", "float32"),
+)
+"""Comparisons with a bar are what the project promises; the others tell where the op stands elsewhere.
+
+The reference path in float32 is what the authors' code computes, so it is the other side of both dtypes of the step.
+"""

@@ -1,0 +1,115 @@
+"""The whole pretraining step: mask, forward, loss, backward, update; ours and the plain path of every op."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from jmm_fast import ops, recipes
+from jmm_fast.bench.case import Case, Check, Workload
+from jmm_fast.bench.inputs import moving_clips
+from jmm_fast.bench.parity import compare
+from jmm_fast.models import JMMTGT
+from jmm_fast.train.config import RunConfig
+from jmm_fast.train.loop import autocast, train_step
+from jmm_fast.train.optim import adamw
+
+CPU = torch.device("cpu")
+
+# Bodies, not clips, are what a step computes; the released code makes two of every clip.
+SHAPES = {
+    "released": {"recipe": "released", "clips": 16, "bodies": 32},
+    "small": {"recipe": "small", "clips": 32, "bodies": 32},
+}
+
+
+def _mask(config: RunConfig, clips: Tensor, backend: str) -> ops.MotionMask:
+    settings = config.mask
+    return ops.motion_mask(
+        clips,
+        mask_ratio=settings.mask_ratio,
+        tau=settings.tau,
+        t_patch=config.model.t_patch,
+        variant=settings.variant,
+        gate=settings.gate,
+        backend=backend,
+    )
+
+
+def _loss(model: JMMTGT, config: RunConfig, clips: Tensor, mask: ops.MotionMask, backend: str) -> Tensor:
+    # The plain path predicts every token and leaves out the visible ones afterwards, as the released code does.
+    prediction = model(clips, mask)
+    return ops.motion_loss(
+        prediction.to(clips.dtype),
+        clips,
+        mask.mask,
+        t_patch=config.model.t_patch,
+        stride=config.loss.stride,
+        normalize=config.loss.normalize,
+        backend=backend,
+    )
+
+
+def _model(config: RunConfig, backend: str) -> JMMTGT:
+    torch.manual_seed(0)
+    return JMMTGT(config.model, backend=backend)
+
+
+def prepare(case: Case) -> Callable[[], object]:
+    size = SHAPES[case.shape]
+    config = recipes.get(size["recipe"])
+    clips = moving_clips(size["bodies"], config.model.num_frames, config.model.num_joints)
+    with torch.random.fork_rng(devices=[]):
+        model = _model(config, case.contender)
+    optimizer = adamw(model, config.optim)
+
+    def loss() -> Tensor:
+        return _loss(model, config, clips, _mask(config, clips, case.contender), case.contender)
+
+    return lambda: train_step(loss, optimizer, device=CPU, rate=1e-3, seed=0, step=0, dtype=case.dtype)
+
+
+def checks(dtype: str, contender: str) -> Iterator[Check]:
+    """Loss and the gradient of every parameter, for two bodies with equal masks."""
+    for shape, size in SHAPES.items():
+        config = recipes.get(size["recipe"])
+        clips = moving_clips(2, config.model.num_frames, config.model.num_joints)
+        mask = _mask(config, clips, "reference")
+
+        def gradients(backend: str, arithmetic: str, config=config, clips=clips, mask=mask) -> dict[str, Tensor]:
+            model = _model(config, backend)
+            if arithmetic == "float64":
+                model, clips = model.double(), clips.double()
+            with autocast(CPU, "float32" if arithmetic == "float64" else arithmetic):
+                loss = _loss(model, config, clips, mask, backend)
+            loss.backward()
+            return {"loss": loss.detach()} | {f"d {name}": p.grad for name, p in model.named_parameters()}
+
+        ours, plain, exact = (
+            gradients(contender, dtype),
+            gradients("reference", dtype),
+            gradients("reference", "float64"),
+        )
+        yield from compare(
+            list(exact),
+            list(ours.values()),
+            list(plain.values()),
+            list(exact.values()),
+            torch.finfo(getattr(torch, dtype)).eps,
+            where=f"{shape} ",
+        )
+
+
+def missing(case: Case) -> str | None:
+    return None
+
+
+WORKLOAD = Workload(
+    shapes=SHAPES,
+    dtypes=("float32", "bfloat16"),
+    directions=("step",),
+    contenders=("auto", "reference"),
+    prepare=prepare,
+    checks=checks,
+    unavailable=missing,
+)

@@ -1,0 +1,95 @@
+"""Paired timing: two functions in turn, so that the machine's drift hits both and their ratio stays."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Median and quartiles of some rounds."""
+
+    median: float
+    lower: float
+    upper: float
+    rounds: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0], 1)
+        lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, lower, upper, len(values))
+
+    def record(self) -> dict:
+        """As JSON, to six digits."""
+        return {key: float(f"{value:.6g}") if key != "rounds" else value for key, value in asdict(self).items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Seconds of a call of either side, and ``against / ours`` of each round: above 1, ours is faster."""
+
+    ours: Spread
+    against: Spread
+    speedup: Spread
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Effort:
+    """How long to measure.
+
+    Attributes:
+        seconds: about how long a pair may take.
+        least, most: rounds.
+        sample: a round of a quick function repeats it for about this long; the clock and the scheduler are coarser
+            than a call.
+    """
+
+    seconds: float = 5.0
+    least: int = 3
+    most: int = 41
+    sample: float = 0.004
+
+
+QUICK = Effort(seconds=0.8, least=2, most=15, sample=0.002)
+
+
+def pair(
+    ours: Callable[[], object],
+    against: Callable[[], object],
+    effort: Effort,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Pair:
+    """Time ``ours`` and ``against`` in turn; who begins changes from round to round.
+
+    Args:
+        ours, against: functions without arguments. Each is called once before the first round.
+        effort: how many rounds.
+        clock: seconds; for tests.
+    """
+
+    def seconds(function: Callable[[], object], calls: int) -> float:
+        begin = clock()
+        for _ in range(calls):
+            function()
+        return (clock() - begin) / calls
+
+    sides = (ours, against)
+    calls = []
+    for side in sides:
+        side()  # builds what is built once: compiled code, packed weights, thread pools
+        calls.append(max(1, math.ceil(effort.sample / max(seconds(side, 1), 1e-9))))
+    times: tuple[list[float], list[float]] = ([], [])
+    begin = clock()
+    while len(times[0]) < effort.most:
+        number = len(times[0])
+        spent = clock() - begin
+        if number >= effort.least and spent + spent / number > effort.seconds:
+            break
+        for side in (0, 1) if number % 2 == 0 else (1, 0):
+            times[side].append(seconds(sides[side], calls[side]))
+    ratios = [b / a for a, b in zip(*times, strict=True)]
+    return Pair(Spread.of(times[0]), Spread.of(times[1]), Spread.of(ratios))

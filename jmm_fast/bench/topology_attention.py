@@ -1,0 +1,148 @@
+"""Attention with a joint-pair table: ours, the plain twin, PyTorch's fused attention and FlexAttention."""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from jmm_fast import ops, reference
+from jmm_fast.bench.case import Case, Check, Workload
+from jmm_fast.bench.parity import compare, results
+from jmm_fast.ops.backend import unavailable
+from jmm_fast.reference.topology_attention import pair_term
+
+JOINTS = 25
+
+# `decoder`: the full grid of the released model, one joint order for all bodies. `encoder`: its visible tokens, whose
+# joints differ from body to body.
+SHAPES = {
+    "decoder": {"bodies": 8, "heads": 8, "tokens": 750, "width": 32, "joints": "grid"},
+    "encoder": {"bodies": 32, "heads": 8, "tokens": 74, "width": 32, "joints": "body"},
+    "decoder_d16": {"bodies": 8, "heads": 8, "tokens": 750, "width": 16, "joints": "grid"},
+    "decoder_d64": {"bodies": 8, "heads": 8, "tokens": 750, "width": 64, "joints": "grid"},
+}
+LENGTHS = (1, 63, 74, 75, 127, 250, 750)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, table: Tensor, joints: Tensor) -> Tensor:
+    """PyTorch's fused attention without any bias: what a free bias would cost."""
+    return scaled_dot_product_attention(q, k, v)
+
+
+def sdpa_mask(q: Tensor, k: Tensor, v: Tensor, table: Tensor, joints: Tensor) -> Tensor:
+    """PyTorch's fused attention with the table expanded to a learned mask, by the product that the plain twin uses:
+    its gradient is faster than that of an indexed read."""
+    return scaled_dot_product_attention(q, k, v, attn_mask=pair_term(table, joints).to(q.dtype))
+
+
+@functools.cache
+def _compiled() -> Callable:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, table: Tensor, joints: Tensor) -> Tensor:
+    """FlexAttention, compiled, whose ``score_mod`` reads the same table."""
+    if joints.dim() == 1:
+
+        def bias(score, b, h, i, j):
+            return score + table[h, joints[i], joints[j]]
+    else:
+
+        def bias(score, b, h, i, j):
+            return score + table[h, joints[b, i], joints[b, j]]
+
+    return _compiled()(q, k, v, score_mod=bias)
+
+
+PEERS = {"sdpa": sdpa, "sdpa_mask": sdpa_mask, "flex": flex}
+
+
+def _attend(contender: str) -> Callable[..., Tensor]:
+    if contender in PEERS:
+        return PEERS[contender]
+    return lambda q, k, v, table, joints: ops.topology_attention(q, k, v, table, joints, backend=contender)
+
+
+def prepare(case: Case) -> Callable[[], object]:
+    size = SHAPES[case.shape]
+    bodies, heads, tokens, width = size["bodies"], size["heads"], size["tokens"], size["width"]
+    generator = torch.Generator().manual_seed(0)
+    # One packed projection, as the model makes it: every contender gets the same strided views.
+    packed = torch.randn(bodies, tokens, 3, heads, width, generator=generator).to(case.torch_dtype)
+    table = torch.randn(heads, JOINTS, JOINTS, generator=generator)
+    if size["joints"] == "grid":
+        joints = torch.arange(tokens) % JOINTS
+    else:
+        joints = torch.randint(0, JOINTS, (bodies, tokens), generator=generator)
+    attend = _attend(case.contender)
+    if case.direction == "forward":
+
+        @torch.no_grad()
+        def run() -> Tensor:
+            return attend(*packed.permute(2, 0, 3, 1, 4), table, joints)
+
+        return run
+    packed.requires_grad_()
+    table.requires_grad_()
+    seed = torch.randn(bodies, heads, tokens, width, generator=generator).to(case.torch_dtype)
+
+    def run_backward() -> Tensor:
+        packed.grad = table.grad = None
+        attend(*packed.permute(2, 0, 3, 1, 4), table, joints).backward(seed)
+        return packed.grad
+
+    return run_backward
+
+
+def checks(dtype: str, contender: str) -> Iterator[Check]:
+    kind = getattr(torch, dtype)
+    problems = [(tokens, 32) for tokens in LENGTHS] + [(75, 16), (750, 16), (75, 64), (750, 64)]
+    for tokens, width in problems:
+        heads = 2 if tokens < 750 else 1
+        packed = torch.randn(2, tokens, 3, heads, width).to(kind)
+        q, k, v = packed.permute(2, 0, 3, 1, 4)
+        table = torch.randn(heads, JOINTS, JOINTS)
+        seed = torch.randn(2, heads, tokens, width).to(kind)
+        for kind_of_joints in ("grid", "body"):
+            joints = torch.arange(tokens) % JOINTS
+            if kind_of_joints == "body":
+                joints = torch.randint(0, JOINTS, (2, tokens))
+
+            def ours(*inputs, joints=joints):
+                return ops.topology_attention(*inputs, joints, backend=contender)
+
+            def plain(*inputs, joints=joints, width=width):
+                return reference.topology_attention(*inputs, joints, False, width**-0.5)
+
+            inputs = (q, k, v, table)
+            yield from compare(
+                ("out", "dq", "dk", "dv", "dtable"),
+                results(ours, inputs, seed),
+                results(plain, inputs, seed),
+                results(plain, [x.double() for x in inputs], seed.double()),
+                torch.finfo(kind).eps,
+                where=f"N={tokens} D={width} joints={kind_of_joints} ",
+            )
+
+
+def missing(case: Case) -> str | None:
+    if case.contender == "cpu":
+        return unavailable("topology_attention", "cpu")
+    if case.contender == "flex" and case.direction != "forward":
+        return "FlexAttention has no backward pass on the CPU"
+    return None
+
+
+WORKLOAD = Workload(
+    shapes=SHAPES,
+    dtypes=("float32", "bfloat16"),
+    directions=("forward", "forward_backward"),
+    contenders=("cpu", "reference", *PEERS),
+    prepare=prepare,
+    checks=checks,
+    unavailable=missing,
+)
