@@ -13,7 +13,11 @@ OPS = ("clip_window", "motion_mask", "token_grid", "topology_attention", "motion
 library = torch.library.Library("jmm_fast", "FRAGMENT")
 """Schemas of all ops are defined here, in Python; C++ and device code only hold implementations."""
 
-_NATIVE = {"motion_loss": "motion_loss_forward", "topology_attention": "topology_attention_forward"}
+_NATIVE = {
+    "motion_loss": "motion_loss_forward",
+    "motion_mask": "motion_mask_cpu",
+    "topology_attention": "topology_attention_forward",
+}
 """Ops that the C++ extension implements for CPU tensors, each with a schema that only the extension can serve."""
 
 _found: dict[tuple[str, str], str | None] = {}

@@ -15,6 +15,12 @@ library.define(
     "motion_mask(Tensor clips, float mask_ratio, float tau, int t_patch, str variant, float? gate, Tensor? uniform, "
     "SymInt seed, SymInt epoch, Tensor? clip_ids, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
 )
+# What the C++ extension serves, called inside the op above: compilers see that one alone. The last result counts the
+# bodies whose set was settled in double precision.
+library.define(
+    "motion_mask_cpu(Tensor clips, int kept, float tau, int t_patch, int variant, float gate, Tensor? uniform, "
+    "int seed, int epoch, Tensor? clip_ids) -> (Tensor, Tensor, Tensor, Tensor, int)"
+)
 
 
 class MotionMask(NamedTuple):
@@ -103,7 +109,15 @@ def motion_mask(
         checks.integer("clip_ids", clip_ids, "[B]", 1)
         checks.require(clip_ids.shape[0] == clips.shape[0], "clip_ids", f"int [{clips.shape[0]}]", clip_ids)
     checks.same_device(clips=clips, uniform=uniform, clip_ids=clip_ids)
-    backend = choose("motion_mask", backend, clips)
+    refusal = next(
+        (
+            f"{name} must be float32, bfloat16 or float16, got {checks.describe(tensor)}"
+            for name, tensor in (("clips", clips), ("uniform", uniform))
+            if tensor is not None and tensor.dtype == torch.float64
+        ),
+        None,
+    )
+    backend = choose("motion_mask", backend, clips, refusal)
     return MotionMask(
         *torch.ops.jmm_fast.motion_mask(
             clips, mask_ratio, tau, t_patch, variant, gate, uniform, seed, epoch, clip_ids, backend
@@ -125,6 +139,20 @@ def _run(
     clip_ids: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if backend == "cpu":
+        visible, mask, restore, probability, _ = torch.ops.jmm_fast.motion_mask_cpu(
+            clips.float(),
+            reference.num_visible(clips.shape[1] // t_patch * clips.shape[2], mask_ratio),
+            tau,
+            t_patch,
+            VARIANTS.index(variant),
+            0.5 if gate is None else gate,
+            None if uniform is None else uniform.float(),
+            seed,
+            epoch,
+            None if clip_ids is None else clip_ids.long(),
+        )
+        return visible, mask, restore, probability
     return reference.motion_mask(
         clips,
         mask_ratio=mask_ratio,

@@ -48,15 +48,17 @@ def motion_mask(
     clip_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The plain twin of ``jmm_fast.ops.motion_mask``: ``(visible, mask, restore, probability)``."""
-    # Half-precision poses would tie many scores; the draw is float32 at least, whatever the model computes in.
-    clips = clips.to(torch.promote_types(clips.dtype, torch.float32))
-    scores = motion_scores(clips, t_patch=t_patch, variant=variant, gate=gate).flatten(1)
+    # In float32 the order of a sum decides about one body in ten thousand, whose two keys at the threshold are nearly
+    # equal. Double precision makes the mask a fact that every backend, device and memory layout can reproduce.
+    dtype = torch.promote_types(clips.dtype, torch.float32)
+    scores = motion_scores(clips.double(), t_patch=t_patch, variant=variant, gate=gate).flatten(1)
     bodies, tokens = scores.shape
     logits = scores / (scores.amax(dim=1, keepdim=True) * tau + 1e-10)
     if uniform_draws is None:
         if clip_ids is None:
             clip_ids = torch.arange(bodies, dtype=torch.int64, device=clips.device)
         uniform_draws = uniform(seed, MASK, clip_ids, epoch, tokens)
+    uniform_draws = uniform_draws.double()
     # log p differs from the logits by a constant of the body, which changes no order; adding it would only round.
     keys = logits - torch.log(-torch.log(uniform_draws + 1e-10) + 1e-10)
     kept = num_visible(tokens, mask_ratio)
@@ -66,4 +68,4 @@ def motion_mask(
     hidden_before = mask.cumsum(1) - mask.to(torch.int64)
     visible_before = torch.arange(tokens, device=clips.device) - hidden_before
     restore = torch.where(mask, kept + hidden_before, visible_before)
-    return visible, mask, restore, torch.softmax(logits, dim=1)
+    return visible, mask, restore, torch.softmax(logits, dim=1).to(dtype)
