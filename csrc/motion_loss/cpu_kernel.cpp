@@ -21,7 +21,8 @@ typedef uint16_t HalfVec __attribute__((vector_size(kLanes * 2), aligned(2), may
 typedef uint32_t WordVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
 
-inline float widen(uint16_t x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x) << 16); }
+inline float as_float(float x) { return x; }
+inline float as_float(uint16_t x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x) << 16); }
 
 inline Vec load_any(const float* p) { return load(p); }
 inline Vec load_any(const uint16_t* p) {
@@ -44,29 +45,77 @@ inline void load_tail(const T* p, int64_t tail, T* to) {
   for (int64_t i = 0; i < kLanes; ++i) to[i] = i < tail ? p[i] : T{};
 }
 
+template <int... kIndex>
+struct Lanes {};
+template <int kCount, int... kRest>
+struct MakeLanes : MakeLanes<kCount - 1, kCount - 1, kRest...> {};
+template <int... kIndex>
+struct MakeLanes<0, kIndex...> {
+  using Type = Lanes<kIndex...>;
+};
+
+/// Lane i of the result is lane kIndex[i] of `a` and `b` one after the other.
+template <int... kIndex>
+inline Vec shuffle(Vec a, Vec b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, kIndex...);
+#else
+  return __builtin_shuffle(a, b, IntVec{kIndex...});
+#endif
+}
+
+/// Three vectors of triples, x y z x y z ..., to the sum of each triple.
+template <int... kLane>
+inline Vec add_triples(const Vec (&triples)[3], Lanes<kLane...>) {
+  auto number = [&]<int kNumber>() __attribute__((always_inline)) {
+    // Number 3 * i + kNumber lies in one of the first two vectors, or else in the third.
+    const Vec front = shuffle<(3 * kLane + kNumber < 2 * kLanes ? 3 * kLane + kNumber : 0)...>(triples[0], triples[1]);
+    return shuffle<(3 * kLane + kNumber < 2 * kLanes ? kLane : 3 * kLane + kNumber - kLanes)...>(front, triples[2]);
+  };
+  return number.template operator()<0>() + number.template operator()<1>() + number.template operator()<2>();
+}
+
+/// The inverse: vector `kPart` of three in which each lane of `x` stands three times.
+template <int kPart, int... kLane>
+inline Vec repeat_thrice(Vec x, Lanes<kLane...>) {
+  return shuffle<((kPart * kLanes + kLane) / 3)...>(x, x);
+}
+
+// Each stage takes time steps of this many numbers together, at least, before the next one reads what it wrote: read at
+// once, with vectors that lie otherwise, they would wait for the writing.
+constexpr int64_t kTogether = 1024;
+
 struct Shape {
   explicit Shape(const Problem& p)
       : width(p.joints * p.channels),
         // A chunk of one token is copied as four numbers where there may be three.
         row(round_up(width, kLanes) + kLanes),
         numbers(p.patch * p.channels),
-        tokens(p.frames / p.patch * p.joints) {}
-  int64_t width, row, numbers, tokens;
+        steps(p.frames / p.patch),
+        tokens(steps * p.joints),
+        together(smaller(steps, (kTogether - 1) / (p.joints * numbers + 1) + 1)),
+        per_number(1.0f / static_cast<float>(numbers)),
+        per_freedom(1.0f / static_cast<float>(numbers - 1)),
+        dense_clip(p.clip_channel == 1 && p.clip_joint == p.channels),
+        dense_prediction(p.prediction_number == 1 && p.prediction_row == numbers) {}
+  int64_t width, row, numbers, steps, tokens;
+  int64_t together;  ///< time steps
+  float per_number, per_freedom;
+  bool dense_clip, dense_prediction;
 };
 
 struct Scratch {
   Scratch(const Problem& p, const Shape& shape, float* base) : used_(0), base_(base) {
-    motion = take(p.patch * shape.row);
-    columns = take(shape.row);
-    means = take(shape.row);
-    mean = take(p.joints + kLanes);
-    inverse = take(p.joints + kLanes);
-    // What the vectors of the step before left over, the tokens of this one, and one that may be written and dropped.
-    target = take((p.joints + 1) * shape.numbers + 2 * kLanes);
-    packed = take(p.rows * shape.numbers);
+    motion = take(shape.together * p.patch * shape.row);
+    mean = take(shape.together * p.joints);
+    inverse = take(shape.together * p.joints);
+    // What the vectors left over last time, the tokens, and one that may be written and dropped.
+    target = take((shape.together * p.joints + 1) * shape.numbers + 2 * kLanes);
+    clip = take(shape.dense_clip ? 0 : p.frames * shape.width);
+    prediction = take(shape.dense_prediction ? 0 : p.rows * shape.numbers);
   }
   int64_t used() const { return used_; }
-  float *motion, *columns, *means, *mean, *inverse, *target, *packed;
+  float *motion, *mean, *inverse, *target, *clip, *prediction;
 
  private:
   float* take(int64_t floats) {
@@ -78,87 +127,104 @@ struct Scratch {
   float* base_;
 };
 
-/// Differences of the `p.patch` frames from `first` on, one row per frame.
-void difference(const Problem& p, const Shape& shape, const float* clip, int64_t first, float* motion) {
-  const bool dense = p.clip_channel == 1 && p.clip_joint == p.channels && shape.width >= kLanes;
-  for (int64_t f = 0; f < p.patch; ++f, motion += shape.row) {
-    if (first + f + p.stride >= p.frames) {
-      for (int64_t i = 0; i < shape.row; ++i) motion[i] = 0.0f;
-      continue;
+/// One time step: frames [0, frames) of the patch have a later frame, `ahead` floats further; the rest stand still.
+struct Step {
+  const float* now;
+  float *motion, *mean, *inverse;
+  int64_t between, ahead, frames;
+};
+
+/// Mean and 1 / sqrt(variance + 1e-6) of the motion of joints [v, v + kLanes), three channels each, and the motion. Two
+/// passes over the motion, which may be a small wobble on a large drift.
+inline void measure_triples(const Problem& p, const Shape& shape, const Step& at, int64_t v) {
+  constexpr MakeLanes<kLanes>::Type lanes{};
+  const int64_t row = shape.row, between = at.between, frames = at.frames;
+  float* motion = at.motion + 3 * v;
+  const float *from = at.now + 3 * v, *to = from + at.ahead;
+  Vec sums[3]{}, squares[3];
+  for (int64_t f = 0; f < frames; ++f, from += between, to += between, motion += row) {
+#pragma GCC unroll 3
+    for (int part = 0; part < 3; ++part) {
+      const Vec moved = load(to + part * kLanes) - load(from + part * kLanes);
+      store(motion + part * kLanes, moved);
+      sums[part] += moved;
     }
-    const float* now = clip + (first + f) * p.clip_frame;
-    const float* then = now + p.stride * p.clip_frame;
-    if (dense) {
-      for (int64_t i = 0; i < shape.width; i += kLanes) {
-        // The last vector overlaps the one before it, so that nothing past the row is touched.
-        const int64_t at = smaller(i, shape.width - kLanes);
-        store(motion + at, load(then + at) - load(now + at));
-      }
-    } else {
-      for (int64_t v = 0; v < p.joints; ++v) {
-        for (int64_t c = 0; c < p.channels; ++c) {
-          const int64_t at = v * p.clip_joint + c * p.clip_channel;
-          motion[v * p.channels + c] = then[at] - now[at];
-        }
-      }
+  }
+  if (!p.normalize) return;
+  const Vec mean = add_triples(sums, lanes) * shape.per_number;
+  store(at.mean + v, mean);
+  const Vec means[3] = {repeat_thrice<0>(mean, lanes), repeat_thrice<1>(mean, lanes), repeat_thrice<2>(mean, lanes)};
+  const float still = static_cast<float>(p.patch - frames);
+#pragma GCC unroll 3
+  for (int part = 0; part < 3; ++part) squares[part] = means[part] * means[part] * still;
+  motion = at.motion + 3 * v;
+  for (int64_t f = 0; f < frames; ++f, motion += row) {
+#pragma GCC unroll 3
+    for (int part = 0; part < 3; ++part) {
+      const Vec off = load(motion + part * kLanes) - means[part];
+      squares[part] += off * off;
     }
+  }
+  const Vec variance = add_triples(squares, lanes) * shape.per_freedom + 1e-6f;
+  for (int i = 0; i < kLanes; ++i) at.inverse[v + i] = 1.0f / __builtin_sqrtf(variance[i]);
+}
+
+/// The same for one joint and any number of channels.
+inline void measure_one(const Problem& p, const Shape& shape, const Step& at, int64_t v) {
+  float* motion = at.motion + v * p.channels;
+  const float *from = at.now + v * p.channels, *to = from + at.ahead;
+  float sum = 0.0f;
+  for (int64_t f = 0; f < at.frames; ++f) {
+    for (int64_t c = 0; c < p.channels; ++c) {
+      const float moved = to[f * at.between + c] - from[f * at.between + c];
+      motion[f * shape.row + c] = moved;
+      sum += moved;
+    }
+  }
+  if (!p.normalize) return;
+  const float mean = sum * shape.per_number;
+  float squares = 0.0f;
+  for (int64_t f = 0; f < p.patch; ++f) {
+    for (int64_t c = 0; c < p.channels; ++c) {
+      const float off = motion[f * shape.row + c] - mean;
+      squares += off * off;
+    }
+  }
+  at.mean[v] = mean;
+  at.inverse[v] = 1.0f / __builtin_sqrtf(squares * shape.per_freedom + 1e-6f);
+}
+
+template <int kChannels>
+void measure(const Problem& p, const Shape& shape, const Step& at) {
+  for (int64_t f = at.frames; f < p.patch; ++f) {
+    for (int64_t i = 0; i < shape.width; ++i) at.motion[f * shape.row + i] = 0.0f;
+  }
+  if (kChannels == 3 && p.joints >= kLanes) {
+    for (int64_t v = 0; v < p.joints; v += kLanes) {
+      // The last joints overlap those before, so that nothing past the row is touched.
+      measure_triples(p, shape, at, smaller(v, p.joints - kLanes));
+    }
+  } else {
+    for (int64_t v = 0; v < p.joints; ++v) measure_one(p, shape, at, v);
   }
 }
 
-/// Sum over each joint's channels.
-template <int kChannels>
-inline float over_channels(const float* columns, int64_t channels) {
-  const int64_t n = kChannels > 0 ? kChannels : channels;
-  float total = columns[0];
-  for (int64_t c = 1; c < n; ++c) total += columns[c];
-  return total;
-}
-
-/// Mean and 1 / sqrt(variance + 1e-6) of each joint's token. Two passes: motion may be a small wobble on a large drift.
-template <int kChannels>
-void statistics(const Problem& p, const Shape& shape, const Scratch& s) {
-  const int64_t channels = kChannels > 0 ? kChannels : p.channels;
-  for (int64_t i = 0; i < shape.width; i += kLanes) {
-    Vec sum = load(s.motion + i);
-    for (int64_t f = 1; f < p.patch; ++f) sum += load(s.motion + f * shape.row + i);
-    store(s.columns + i, sum);
-  }
-  const float per_number = 1.0f / static_cast<float>(shape.numbers);
-  for (int64_t v = 0; v < p.joints; ++v) {
-    const float mean = over_channels<kChannels>(s.columns + v * channels, channels) * per_number;
-    s.mean[v] = mean;
-    for (int64_t c = 0; c < channels; ++c) s.means[v * channels + c] = mean;
-  }
-  for (int64_t i = 0; i < shape.width; i += kLanes) {
-    const Vec mean = load(s.means + i);
-    Vec sum{};
-    for (int64_t f = 0; f < p.patch; ++f) {
-      const Vec off = load(s.motion + f * shape.row + i) - mean;
-      sum += off * off;
-    }
-    store(s.columns + i, sum);
-  }
-  const float freedom = static_cast<float>(shape.numbers - 1);
-  for (int64_t v = 0; v < p.joints; ++v) {
-    s.inverse[v] = over_channels<kChannels>(s.columns + v * channels, channels) / freedom;
-  }
-  for (int64_t v = 0; v < p.joints; ++v) s.inverse[v] = 1.0f / __builtin_sqrtf(s.inverse[v] + 1e-6f);
-}
-
-/// The target of joint `v` in the order of the prediction; up to a Quad past its end is overwritten.
-template <int kChannels>
-inline void write_target(const Problem& p, const Shape& shape, const Scratch& s, int64_t v, float* to) {
-  const int64_t channels = kChannels > 0 ? kChannels : p.channels;
-  const float* from = s.motion + v * channels;
+/// The target of one token, `patch` chunks of motion that lie `row` apart, in the order of the prediction. Up to a Quad
+/// past its end is overwritten.
+template <int kChannels, int kPatch>
+inline void write_target(const float* motion, int64_t row, float mean, float inverse, int64_t any_patch,
+                         int64_t any_channels, float* to) {
+  const int64_t channels = kChannels > 0 ? kChannels : any_channels, patch = kPatch > 0 ? kPatch : any_patch;
   if (kChannels == 3) {
-    const Quad mean = s.mean[v] - Quad{}, inverse = s.inverse[v] - Quad{};
-    for (int64_t f = 0; f < p.patch; ++f, from += shape.row, to += 3) {
-      *reinterpret_cast<Quad*>(to) = (*reinterpret_cast<const Quad*>(from) - mean) * inverse;
+    const Quad means = mean - Quad{}, inverses = inverse - Quad{};
+#pragma GCC unroll 4
+    for (int64_t f = 0; f < patch; ++f, motion += row, to += 3) {
+      *reinterpret_cast<Quad*>(to) = (*reinterpret_cast<const Quad*>(motion) - means) * inverses;
     }
     return;
   }
-  for (int64_t f = 0; f < p.patch; ++f, from += shape.row, to += channels) {
-    for (int64_t c = 0; c < channels; ++c) to[c] = (from[c] - s.mean[v]) * s.inverse[v];
+  for (int64_t f = 0; f < patch; ++f, motion += row, to += channels) {
+    for (int64_t c = 0; c < channels; ++c) to[c] = (motion[c] - mean) * inverse;
   }
 }
 
@@ -182,51 +248,49 @@ inline void compare(const In* __restrict prediction, const float* __restrict tar
   total += __builtin_convertvector(even + odd, DoubleVec);
 }
 
-template <int kChannels, typename In, typename Out>
-double sweep(const Problem& p, const Shape& shape, const Scratch& s, int64_t body, const In* prediction,
-             Out* gradient) {
-  const float* clip = p.clips + body * p.clip_body;
-  const uint8_t* mask = p.mask + body * p.mask_body;
-  const int64_t numbers = shape.numbers, all = p.rows * numbers;
+template <int kChannels, int kPatch, typename In, typename Out>
+double sweep(const Problem& p, const Shape& shape, const Scratch& s, const float* clip, int64_t clip_step,
+             const uint8_t* mask, const In* prediction, Out* gradient) {
+  const int64_t numbers = shape.numbers, row = shape.row, patch = p.patch, channels = p.channels, joints = p.joints;
   DoubleVec total{};
-  int64_t pending = 0, done = 0, row = 0;
-  for (int64_t i = 0; i < p.patch * shape.row; ++i) s.motion[i] = 0.0f;
-  if (!p.normalize) {
-    for (int64_t v = 0; v < p.joints; ++v) s.mean[v] = 0.0f, s.inverse[v] = 1.0f;
-  }
-  for (int64_t first = 0; first + p.patch <= p.frames; first += p.patch) {
-    difference(p, shape, clip, first, s.motion);
-    if (p.normalize) statistics<kChannels>(p, shape, s);
-    for (int64_t v = 0; v < p.joints; ++v, mask += p.mask_token) {
-      float* to = s.target + pending;
-      if (p.masked_only) {
-        // Written in any case and kept when masked: cheaper than a branch nobody can predict.
-        write_target<kChannels>(p, shape, s, v, to);
-        pending += *mask != 0 ? numbers : 0;
-        continue;
-      }
-      if (*mask != 0) {
-        write_target<kChannels>(p, shape, s, v, to);
-      } else {
-        // A target equal to the prediction adds nothing and has no gradient.
-        for (int64_t i = 0; i < numbers; ++i) {
-          if constexpr (sizeof(In) == 2) {
-            to[i] = widen(prediction[row * numbers + i]);
-          } else {
-            to[i] = prediction[row * numbers + i];
-          }
-        }
-      }
-      pending += numbers;
-      ++row;
+  int64_t waiting = 0, done = 0;
+  for (int64_t i = 0; i < shape.together * patch * row; ++i) s.motion[i] = 0.0f;
+  for (int64_t i = 0; i < shape.together * joints; ++i) s.mean[i] = 0.0f, s.inverse[i] = 1.0f;
+  for (int64_t first = 0; first < shape.steps; first += shape.together) {
+    const int64_t steps = smaller(shape.together, shape.steps - first);
+    for (int64_t t = 0; t < steps; ++t) {
+      const int64_t frame = (first + t) * patch, moving = p.frames - p.stride - frame;
+      measure<kChannels>(
+          p, shape,
+          {clip + frame * clip_step, s.motion + t * patch * row, s.mean + t * joints, s.inverse + t * joints, clip_step,
+           p.stride * clip_step, smaller(patch, moving > 0 ? moving : 0)});
     }
-    const int64_t whole = pending / kLanes * kLanes;
+    const int64_t tokens = steps * joints;
+    const uint8_t* masked = mask + first * joints * p.mask_token;
+    for (int64_t t = 0, token = 0; t < steps; ++t) {
+      const float* motion = s.motion + t * patch * row;
+      for (int64_t v = 0; v < joints; ++v, ++token, motion += channels) {
+        // Written in any case and kept when wanted: cheaper than a branch nobody can predict.
+        write_target<kChannels, kPatch>(motion, row, s.mean[token], s.inverse[token], patch, channels,
+                                        s.target + waiting);
+        waiting += numbers & -static_cast<int64_t>(!p.masked_only || masked[token * p.mask_token] != 0);
+      }
+    }
+    if (!p.masked_only) {
+      // Where nothing is masked, a target equal to the prediction adds nothing and has no gradient.
+      for (int64_t token = 0; token < tokens; ++token) {
+        if (masked[token * p.mask_token] != 0) continue;
+        const int64_t at = waiting - (tokens - token) * numbers;
+        for (int64_t i = 0; i < numbers; ++i) s.target[at + i] = as_float(prediction[done + at + i]);
+      }
+    }
+    const int64_t whole = waiting / kLanes * kLanes;
     compare(prediction + done, s.target, gradient != nullptr ? gradient + done : nullptr, p.scale, whole, total);
     store(s.target, load(s.target + whole));
-    pending -= whole;
+    waiting -= whole;
     done += whole;
   }
-  const int64_t tail = all - done;
+  const int64_t tail = p.rows * numbers - done;
   if (tail > 0) {
     In last[kLanes];
     float target[kLanes];
@@ -243,10 +307,25 @@ double sweep(const Problem& p, const Shape& shape, const Scratch& s, int64_t bod
 
 template <typename In, typename Out>
 double choose(const Problem& p, const Shape& shape, const Scratch& s, int64_t body, const In* prediction) {
+  const float* clip = p.clips + body * p.clip_body;
+  int64_t step = p.clip_frame;
+  if (!shape.dense_clip) {
+    for (int64_t t = 0; t < p.frames; ++t) {
+      for (int64_t v = 0; v < p.joints; ++v) {
+        const float* from = clip + t * p.clip_frame + v * p.clip_joint;
+        float* to = s.clip + t * shape.width + v * p.channels;
+        for (int64_t c = 0; c < p.channels; ++c) to[c] = from[c * p.clip_channel];
+      }
+    }
+    clip = s.clip;
+    step = shape.width;
+  }
+  const uint8_t* mask = p.mask + body * p.mask_body;
   Out* gradient = static_cast<Out*>(p.gradient);
   if (gradient != nullptr) gradient += body * p.rows * shape.numbers;
-  return p.channels == 3 ? sweep<3>(p, shape, s, body, prediction, gradient)
-                         : sweep<0>(p, shape, s, body, prediction, gradient);
+  if (p.channels != 3) return sweep<0, 0>(p, shape, s, clip, step, mask, prediction, gradient);
+  if (p.patch != 4) return sweep<3, 0>(p, shape, s, clip, step, mask, prediction, gradient);
+  return sweep<3, 4>(p, shape, s, clip, step, mask, prediction, gradient);
 }
 
 }  // namespace
@@ -271,18 +350,18 @@ double body_loss(const Problem& p, float* scratch, int64_t body) {
   const int64_t base = body * p.prediction_body;
   const float* single = static_cast<const float*>(p.prediction) + base;
   const uint16_t* half = static_cast<const uint16_t*>(p.prediction) + base;
-  if (p.prediction_number == 1 && p.prediction_row == shape.numbers) {
+  if (shape.dense_prediction) {
     return p.bfloat16 ? choose<uint16_t, uint16_t>(p, shape, s, body, half)
                       : choose<float, float>(p, shape, s, body, single);
   }
   for (int64_t r = 0; r < p.rows; ++r) {
     for (int64_t i = 0; i < shape.numbers; ++i) {
       const int64_t at = r * p.prediction_row + i * p.prediction_number;
-      s.packed[r * shape.numbers + i] = p.bfloat16 ? widen(half[at]) : single[at];
+      s.prediction[r * shape.numbers + i] = p.bfloat16 ? as_float(half[at]) : single[at];
     }
   }
-  return p.bfloat16 ? choose<float, uint16_t>(p, shape, s, body, s.packed)
-                    : choose<float, float>(p, shape, s, body, s.packed);
+  return p.bfloat16 ? choose<float, uint16_t>(p, shape, s, body, s.prediction)
+                    : choose<float, float>(p, shape, s, body, s.prediction);
 }
 
 }  // namespace jmm_fast::motion_loss::JMM_ISA
