@@ -26,13 +26,14 @@ def rotation_matrix(angles: Tensor) -> Tensor:
 def clip_window(frames: Tensor, start: Tensor, length: Tensor, angles: Tensor | None, *, window: int) -> Tensor:
     """The plain twin of ``jmm_fast.ops.clip_window``: ``[F,V,3]`` -> ``[B,window,V,3]``."""
     dtype = torch.promote_types(frames.dtype, torch.float32)
-    step = torch.arange(window, device=frames.device, dtype=dtype)
-    size = length.to(dtype)[:, None]
-    source = ((step + 0.5) * (size / window) - 0.5).clamp(min=0)
+    # Half-pixel centres: frame i reads at ((2 i + 1) length - window) / (2 window). Integers keep that exact, so every
+    # backend reads the same two rows with the same weight, however long the clip.
+    step = torch.arange(window, device=frames.device)
+    source = ((2 * step + 1) * length[:, None] - window).clamp(min=0)
     last = (length[:, None] - 1).clamp(min=0)
-    low = torch.minimum(source.to(torch.int64), last)
+    low = torch.minimum(source // (2 * window), last)
     high = torch.minimum(low + 1, last)
-    weight = (source - low).clamp(max=1)[..., None, None]
+    weight = ((source - low * (2 * window)).to(dtype) / (2 * window)).clamp(max=1)[..., None, None]
     # An empty body (length 0) may point past the last row; it reads row 0 and is zeroed below.
     full = (length > 0)[:, None]
     base = start[:, None]
