@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from jmm_fast import ops
 from jmm_fast.data.store import ClipStore
 from jmm_fast.errors import UserError
+from jmm_fast.ops.philox import uniform
 from jmm_fast.reference import philox
 
 MODALITIES = ("joint", "bone", "motion", "bone_motion")
@@ -115,6 +117,8 @@ class BodyBatches:
         self.crop, self.eval_crop, self.min_length, self.rotation = crop, eval_crop, min_length, rotation
         self.modality, self.empty_bodies, self.backend = modality, empty_bodies, backend
         self.device = torch.device(device)
+        self._lengths, self._clip_bodies = store.lengths.numpy(), store.clip_bodies.numpy()
+        self._body_offsets, self._max_bodies = store.body_offsets.numpy(), max(2, store.max_bodies)
         self._bone_parents = torch.as_tensor(store.skeleton.bone_parents(), device=self.device)
         self._frames = self._held_frames()
 
@@ -136,59 +140,65 @@ class BodyBatches:
         """Clip indices in the order of this epoch, int64."""
         if not self.shuffle:
             return self.ids
-        draw = philox.uniform(self.seed, philox.ORDER, self.ids, epoch, 2)
+        draw = uniform(self.seed, philox.ORDER, self.ids, epoch, 2)
         # Two words break the ties that 24 bits alone would leave in big sets.
         key = draw[:, 0].double() + draw[:, 1].double() * 2.0**-24
         return self.ids[torch.argsort(key, stable=True)]
 
     def windows(self, index: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """First frame and number of frames of each clip's crop, int64 ``[N]`` each."""
-        frames = self.store.lengths[index]
+        begin, length = self._windows(index, epoch)
+        return torch.from_numpy(begin), torch.from_numpy(length)
+
+    # A batch needs a few numbers for each of some dozens of clips: numpy does such in a third of torch's time.
+    def _windows(self, index: Tensor, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        frames = self._lengths[index.numpy()]
         if not self.train:
-            begin = ((1 - self.eval_crop) * frames.double() / 2).long()
+            begin = ((1 - self.eval_crop) * frames / 2).astype(np.int64)
             return begin, frames - 2 * begin
-        draw = philox.uniform(self.seed, philox.CROP, index, epoch, 2).double()
+        draw = uniform(self.seed, philox.CROP, index, epoch, 2).numpy().astype(np.float64)
         share = self.crop[0] + draw[:, 0] * (self.crop[1] - self.crop[0])
-        length = torch.maximum((frames * share).long(), frames.clamp(max=self.min_length)).clamp(min=1)
-        begin = (draw[:, 1] * (frames - length + 1)).long()
-        return torch.minimum(begin, frames - length), length
+        length = np.maximum((frames * share).astype(np.int64), np.minimum(frames, self.min_length))
+        spare = frames - length
+        return np.minimum((draw[:, 1] * (spare + 1)).astype(np.int64), spare), length
 
     def angles(self, index: Tensor, epoch: int) -> Tensor | None:
         """Rotation angles of each clip, float32 ``[N, 3]`` radians, or None without rotation."""
         if not self.train or self.rotation == 0:
             return None
-        return (2 * philox.uniform(self.seed, philox.ROTATION, index, epoch, 3) - 1) * self.rotation
+        return (2 * uniform(self.seed, philox.ROTATION, index, epoch, 3) - 1) * self.rotation
 
     def batch(self, index: Tensor, epoch: int) -> ClipBatch:
         """The batch of the clips ``index``, int64 ``[N]``, as ``epoch`` crops and rotates them."""
-        store = self.store
-        begin, length = self.windows(index, epoch)
+        store, device = self.store, self.device
+        begin, length = self._windows(index, epoch)
         angles = self.angles(index, epoch)
-        first, present = store.clip_bodies[index].unbind(1)
-        bodies = torch.full_like(present, max(2, store.max_bodies)) if self.empty_bodies == "keep" else present
-        clip_of_body = torch.repeat_interleave(torch.arange(len(index)), bodies)
-        body = torch.arange(len(clip_of_body)) - (bodies.cumsum(0) - bodies)[clip_of_body]
-        absent = body >= present[clip_of_body]
-        row = store.body_offsets[(first[clip_of_body] + body).clamp(max=store.num_bodies - 1)]
-        start = (row + begin[clip_of_body]).masked_fill(absent, 0)
-        length = length[clip_of_body].masked_fill(absent, 0)
+        clips = index.numpy()
+        first, present = self._clip_bodies[clips].T
+        bodies = np.full_like(present, self._max_bodies) if self.empty_bodies == "keep" else present
+        clip_of_body = np.repeat(np.arange(len(clips)), bodies)
+        body = np.arange(len(clip_of_body)) - (np.cumsum(bodies) - bodies)[clip_of_body]
+        row = self._body_offsets[np.minimum(first[clip_of_body] + body, store.num_bodies - 1)]
+        there = body < present[clip_of_body]
+        start = torch.from_numpy((row + begin[clip_of_body]) * there)
+        length = torch.from_numpy(length[clip_of_body] * there)
+        positions = torch.from_numpy(clip_of_body)
 
         frames = self._frames
         if frames is None:
             frames, start = self._send(start, length)
-        device = self.device
-        clips = ops.clip_window(
+        windows = ops.clip_window(
             frames,
             start.to(device),
             length.to(device),
-            None if angles is None else angles[clip_of_body].to(device),
+            None if angles is None else angles[positions].to(device),
             window=self.window,
             backend=self.backend,
         )
         return ClipBatch(
-            clips=self._modality(clips),
-            clip_ids=(index[clip_of_body] + (body << 32)).to(device),
-            clip_of_body=clip_of_body.to(device),
+            clips=self._modality(windows),
+            clip_ids=torch.from_numpy(clips[clip_of_body] + (body << 32)).to(device),
+            clip_of_body=positions.to(device),
             labels=store.labels[index].to(device),
             index=index.to(device),
         )
