@@ -10,6 +10,7 @@
 
 #include "motion_loss/cpu_kernel.h"
 
+#include "bfloat16.h"
 #include "vec.h"
 
 namespace jmm_fast::motion_loss::JMM_ISA {
@@ -17,27 +18,7 @@ namespace jmm_fast::motion_loss::JMM_ISA {
 namespace {
 
 typedef double DoubleVec __attribute__((vector_size(kLanes * 8), aligned(8), may_alias));
-typedef uint16_t HalfVec __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
-typedef uint32_t WordVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
-
-inline float as_float(float x) { return x; }
-inline float as_float(uint16_t x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x) << 16); }
-
-inline Vec load_any(const float* p) { return load(p); }
-inline Vec load_any(const uint16_t* p) {
-  const WordVec bits = __builtin_convertvector(*reinterpret_cast<const HalfVec*>(p), WordVec) << 16;
-  return reinterpret_cast<const Vec&>(bits);
-}
-
-inline void store_any(float* p, Vec x) { store(p, x); }
-inline void store_any(uint16_t* p, Vec x) {
-  const WordVec bits = reinterpret_cast<const WordVec&>(x);
-  // Round to nearest even; a NaN must not round up to infinity.
-  const WordVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const WordVec nan = WordVec{} + 0x7fc0u;
-  *reinterpret_cast<HalfVec*>(p) = __builtin_convertvector(x == x ? rounded : nan, HalfVec);
-}
 
 /// `tail` numbers at `p`, zeros after them.
 template <typename T>

@@ -17,6 +17,7 @@ _NATIVE = {
     "clip_window": "clip_window_cpu",
     "motion_loss": "motion_loss_forward",
     "motion_mask": "motion_mask_cpu",
+    "token_grid": "token_grid_scatter_forward",
     "topology_attention": "topology_attention_forward",
 }
 """Ops that the C++ extension implements for CPU tensors, each with a schema that only the extension can serve."""

@@ -16,6 +16,22 @@ library.define(
 library.impl("token_grid_gather", reference.token_grid_gather, "CompositeImplicitAutograd")
 library.impl("token_grid_scatter", reference.token_grid_scatter, "CompositeImplicitAutograd")
 
+library.define("token_grid_gather_forward(Tensor clips, Tensor visible, int t_patch) -> Tensor")
+library.define(
+    "token_grid_gather_backward(Tensor grad_out, Tensor visible, int t_patch, int frames, int joints, int channels) "
+    "-> Tensor"
+)
+library.define(
+    "token_grid_scatter_forward(Tensor tokens, Tensor restore, Tensor mask_token, Tensor joint_embedding, "
+    "Tensor time_embedding) -> Tensor"
+)
+library.define(
+    "token_grid_scatter_backward(Tensor grad_out, Tensor restore, int kept, int joints, int steps, ScalarType dtype) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+
 
 def token_grid_gather(clips: Tensor, visible: Tensor, *, t_patch: int = 4, backend: str = "auto") -> Tensor:
     """Patches of the visible tokens only: ``out[b,k] = P[b, visible[b,k]]``.
@@ -26,7 +42,7 @@ def token_grid_gather(clips: Tensor, visible: Tensor, *, t_patch: int = 4, backe
         clips: floating ``[B,T,V,C]``, ``T`` a multiple of ``t_patch``.
         visible: int64 ``[B,K]``, token numbers in ``[0, L)`` (``MotionMask.visible``).
         t_patch: frames per token, ``u``.
-        backend: see ``jmm_fast.backends()``.
+        backend: see ``jmm_fast.backends()``. ``"cpu"`` takes float32 or bfloat16.
 
     Returns:
         ``[B,K,u*C]`` of the dtype of ``clips``; differentiable in ``clips``.
@@ -34,7 +50,8 @@ def token_grid_gather(clips: Tensor, visible: Tensor, *, t_patch: int = 4, backe
     Raises:
         ValueError: wrong shape, dtype or device.
 
-    Deterministic. Source: MAE (He et al., CVPR 2022), MAMP (ICCV 2023).
+    Deterministic: repeatable bit for bit, for any number of threads. Source: MAE (He et al., CVPR 2022), MAMP (ICCV
+    2023).
     """
     checks.floating("clips", clips, "[B,T,V,C]", 4)
     checks.patches(clips, t_patch)
@@ -46,7 +63,8 @@ def token_grid_gather(clips: Tensor, visible: Tensor, *, t_patch: int = 4, backe
     )
     checks.require(visible.shape[0] == clips.shape[0], "visible", f"int64 [{clips.shape[0]},K]", visible)
     checks.same_device(clips=clips, visible=visible)
-    choose("token_grid", backend, clips)
+    if choose("token_grid", backend, clips, _refusal(clips=clips)) == "cpu":
+        return _NativeGather.apply(clips, visible, t_patch)
     return torch.ops.jmm_fast.token_grid_gather(clips, visible, t_patch)
 
 
@@ -69,15 +87,15 @@ def token_grid_scatter(
         mask_token: floating ``[d]``.
         joint_embedding: floating ``[V,d]``.
         time_embedding: floating ``[T',d]`` with ``T' * V = L``.
-        backend: see ``jmm_fast.backends()``.
+        backend: see ``jmm_fast.backends()``. ``"cpu"`` takes float32 or bfloat16, computed in float32.
 
     Returns:
-        ``[B,L,d]``; differentiable in all but ``restore``.
+        ``[B,L,d]`` of the dtype that tokens and embeddings promote to; differentiable in all but ``restore``.
 
     Raises:
         ValueError: wrong shape, dtype or device.
 
-    Deterministic on the CPU. Source: MAE (He et al., CVPR 2022), MAMP (ICCV 2023).
+    Deterministic on the CPU, for any number of threads. Source: MAE (He et al., CVPR 2022), MAMP (ICCV 2023).
     """
     checks.floating("tokens", tokens, "[B,K,d]", 3)
     dim = tokens.shape[2]
@@ -113,5 +131,79 @@ def token_grid_scatter(
         joint_embedding=joint_embedding,
         time_embedding=time_embedding,
     )
-    choose("token_grid", backend, tokens)
+    refusal = _refusal(
+        tokens=tokens, mask_token=mask_token, joint_embedding=joint_embedding, time_embedding=time_embedding
+    )
+    if choose("token_grid", backend, tokens, refusal) == "cpu":
+        return _NativeScatter.apply(tokens, restore, mask_token, joint_embedding, time_embedding)
     return torch.ops.jmm_fast.token_grid_scatter(tokens, restore, mask_token, joint_embedding, time_embedding)
+
+
+def _refusal(**tensors: Tensor) -> str | None:
+    """Why the C++ kernel cannot take these inputs; None when it can."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _NATIVE_DTYPES:
+            return f"it takes float32 or bfloat16 {name}, got {checks.describe(tensor)}"
+    return None
+
+
+class _NativeGather(torch.autograd.Function):
+    """Forward and backward kernels of the C++ extension as one differentiable function."""
+
+    @staticmethod
+    def forward(ctx, clips, visible, t_patch):
+        ctx.save_for_backward(visible)
+        ctx.t_patch, ctx.sizes = t_patch, clips.shape[1:]
+        return torch.ops.jmm_fast.token_grid_gather_forward(clips, visible, t_patch)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out):
+        (visible,) = ctx.saved_tensors
+        return torch.ops.jmm_fast.token_grid_gather_backward(grad_out, visible, ctx.t_patch, *ctx.sizes), None, None
+
+
+class _NativeScatter(torch.autograd.Function):
+    """Forward and backward kernels of the C++ extension as one differentiable function."""
+
+    @staticmethod
+    def forward(ctx, tokens, restore, mask_token, joint_embedding, time_embedding):
+        ctx.save_for_backward(restore)
+        ctx.sizes = tokens.shape[1], joint_embedding.shape[0], time_embedding.shape[0]
+        ctx.dtypes = tokens.dtype, mask_token.dtype, joint_embedding.dtype, time_embedding.dtype
+        return torch.ops.jmm_fast.token_grid_scatter_forward(
+            tokens, restore, mask_token, joint_embedding, time_embedding
+        )
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out):
+        (restore,) = ctx.saved_tensors
+        grads = torch.ops.jmm_fast.token_grid_scatter_backward(grad_out, restore, *ctx.sizes, ctx.dtypes[0])
+        tokens, *rest = (grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
+        return tokens, None, *rest
+
+
+@torch.library.register_fake("jmm_fast::token_grid_gather_forward", lib=library)
+def _fake_gather_forward(clips, visible, t_patch):
+    return clips.new_empty(*visible.shape, t_patch * clips.shape[3])
+
+
+@torch.library.register_fake("jmm_fast::token_grid_gather_backward", lib=library)
+def _fake_gather_backward(grad_out, visible, t_patch, frames, joints, channels):
+    return grad_out.new_empty(grad_out.shape[0], frames, joints, channels)
+
+
+@torch.library.register_fake("jmm_fast::token_grid_scatter_forward", lib=library)
+def _fake_scatter_forward(tokens, restore, mask_token, joint_embedding, time_embedding):
+    dtype = torch.promote_types(tokens.dtype, torch.promote_types(joint_embedding.dtype, time_embedding.dtype))
+    return tokens.new_empty(*restore.shape, tokens.shape[2], dtype=dtype)
+
+
+@torch.library.register_fake("jmm_fast::token_grid_scatter_backward", lib=library)
+def _fake_scatter_backward(grad_out, restore, kept, joints, steps, dtype):
+    bodies, _, width = grad_out.shape
+    sums = ((width,), (joints, width), (steps, width))
+    return grad_out.new_empty(bodies, kept, width, dtype=dtype), *(
+        grad_out.new_empty(size, dtype=torch.float32) for size in sums
+    )
