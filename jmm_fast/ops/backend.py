@@ -14,6 +14,7 @@ library = torch.library.Library("jmm_fast", "FRAGMENT")
 """Schemas of all ops are defined here, in Python; C++ and device code only hold implementations."""
 
 _NATIVE = {
+    "block": "norm_mlp_forward",
     "clip_window": "clip_window_cpu",
     "motion_loss": "motion_loss_forward",
     "motion_mask": "motion_mask_cpu",
