@@ -42,8 +42,10 @@ lint: install
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+# Both records of bench/results: the table in pairs, and every case by itself. About twelve quiet minutes.
 bench: install
-	$(BIN)/python -m pytest bench --benchmark-only
+	$(BIN)/jmm-fast bench --json bench/results/bench.json
+	$(BIN)/python -m pytest bench -q --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-json=bench/results/cases.json
 
 format: install
 	$(BIN)/ruff check --fix .

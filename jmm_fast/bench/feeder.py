@@ -1,6 +1,5 @@
 """A whole training batch from a clip store, draws included, against feeders that go sample by sample."""
 
-import functools
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -17,7 +16,6 @@ from jmm_fast.skeleton import get
 SHAPES = {"ntu48": {"clips": 48, "bodies": 2, "joints": 25, "window": 120}}
 
 
-@functools.cache
 def _clips(shape: str) -> list[np.ndarray]:
     """Clips ``[bodies, frames, joints, 3]`` of lengths as in NTU RGB+D."""
     size = SHAPES[shape]

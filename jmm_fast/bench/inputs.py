@@ -12,6 +12,6 @@ def moving_clips(bodies: int, frames: int, joints: int = 25) -> Tensor:
 
 
 def clip_lengths(clips: int) -> np.ndarray:
-    """Lengths spread as those of NTU RGB+D: half of the clips between 60 and 95 frames, none below 32 or above 300."""
+    """Lengths spread as those of NTU RGB+D: half of the clips between 59 and 95 frames, none below 32 or above 300."""
     generator = np.random.default_rng(0)
     return np.clip(75 * np.exp(0.35 * generator.standard_normal(clips)), 32, 300).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Drawing the mask: ours and the plain twin."""
+"""Drawing the mask: ours, the plain twin in double precision, and the same formula in float32."""
 
 from collections.abc import Callable, Iterator
 
@@ -13,16 +13,33 @@ from jmm_fast.ops.backend import unavailable
 
 # 96 bodies are the released batch of 48 clips with two bodies each.
 SHAPES = {
-    "96": {"bodies": 96, "frames": 120, "variant": "released"},
-    "96_paper": {"bodies": 96, "frames": 120, "variant": "paper"},
-    "8": {"bodies": 8, "frames": 120, "variant": "released"},
+    "b96": {"bodies": 96, "frames": 120, "variant": "released"},
+    "b96_paper": {"bodies": 96, "frames": 120, "variant": "paper"},
+    "b8": {"bodies": 8, "frames": 120, "variant": "released"},
 }
 SETTINGS = {"mask_ratio": 0.9, "tau": 0.8, "t_patch": 4}
+
+
+def eager(clips: Tensor, variant: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Visible tokens, mask and places in float32 with torch's own random numbers, as published code draws them."""
+    logits = _logits(clips, variant)
+    keys = logits.log_softmax(1) - torch.log(-torch.log(torch.rand(logits.shape) + 1e-10) + 1e-10)
+    order = keys.argsort(1)
+    restore = order.argsort(1)
+    kept = reference.num_visible(keys.shape[1], SETTINGS["mask_ratio"])
+    return order[:, :kept], restore >= kept, restore
+
+
+def _logits(clips: Tensor, variant: str) -> Tensor:
+    scores = reference.motion_scores(clips, t_patch=SETTINGS["t_patch"], variant=variant).flatten(1)
+    return scores / (scores.amax(1, keepdim=True) * SETTINGS["tau"] + 1e-10)
 
 
 def prepare(case: Case) -> Callable[[], object]:
     size = SHAPES[case.shape]
     clips = moving_clips(size["bodies"], size["frames"])
+    if case.contender == "eager":
+        return lambda: eager(clips, size["variant"])
     return lambda: ops.motion_mask(clips, variant=size["variant"], backend=case.contender, **SETTINGS)
 
 
@@ -39,27 +56,21 @@ def checks(dtype: str, contender: str) -> Iterator[Check]:
                 differing = (drawn != expected).sum() if drawn.shape == expected.shape else expected.numel()
                 yield Check(where + name, float(differing), 0.0)
             if ours.probability is not None:
+                # The plain twin draws in double whatever it is given, so that backends can agree.
+                single = _logits(clips, variant).softmax(1)
                 eps = torch.finfo(torch.float32).eps
-                yield from compare(
-                    ("probability",), ours[3:], [_probability(clips, variant)], plain[3:], eps, where=where
-                )
-
-
-def _probability(clips: Tensor, variant: str) -> Tensor:
-    # The plain twin draws in double whatever it is given, so that backends can agree; here float32 is wanted.
-    scores = reference.motion_scores(clips, t_patch=SETTINGS["t_patch"], variant=variant).flatten(1)
-    return torch.softmax(scores / (scores.amax(1, keepdim=True) * SETTINGS["tau"] + 1e-10), 1)
+                yield from compare(("probability",), ours[3:], [single], plain[3:], eps, where=where)
 
 
 def missing(case: Case) -> str | None:
-    return unavailable("motion_mask", case.contender)
+    return None if case.contender == "eager" else unavailable("motion_mask", case.contender)
 
 
 WORKLOAD = Workload(
     shapes=SHAPES,
     dtypes=("float32",),
     directions=("forward",),
-    contenders=("cpu", "reference"),
+    contenders=("cpu", "reference", "eager"),
     prepare=prepare,
     checks=checks,
     unavailable=missing,

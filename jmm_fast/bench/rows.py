@@ -9,6 +9,7 @@ CONTENDERS = {
     "cpu": "C++",
     "auto": "default backends",
     "reference": "reference",
+    "eager": "PyTorch ops in float32",
     "sdpa": "SDPA without bias",
     "sdpa_mask": "SDPA with a learned mask",
     "flex": "FlexAttention",
@@ -139,9 +140,10 @@ def _step(shape: str, dtype: str, against: str, **bar) -> Row:
 
 ROWS: tuple[Row, ...] = (
     *_attention(),
-    _pair("motion_mask", "96", "float32", "forward", "cpu", "reference", bar=10.0),
-    _pair("motion_mask", "96_paper", "float32", "forward", "cpu", "reference"),
-    _pair("motion_mask", "8", "float32", "forward", "cpu", "reference"),
+    _pair("motion_mask", "b96", "float32", "forward", "cpu", "reference", bar=10.0),
+    _pair("motion_mask", "b96", "float32", "forward", "cpu", "eager"),
+    _pair("motion_mask", "b96_paper", "float32", "forward", "cpu", "reference"),
+    _pair("motion_mask", "b8", "float32", "forward", "cpu", "reference"),
     _pair("clip_window", "ntu48", "float32", "forward", "cpu", "numpy", bar=30.0, threads=1),
     _pair("clip_window", "ntu48", "float32", "forward", "cpu", "numpy_lean", threads=1),
     _pair("clip_window", "ntu48", "float32", "forward", "cpu", "reference"),

@@ -48,11 +48,14 @@ class Effort:
             than a call.
     """
 
-    seconds: float = 5.0
+    seconds: float = 4.0
     least: int = 3
     most: int = 41
     sample: float = 0.004
 
+
+SLOW = 2.0
+"""Seconds of a call from which on the first one suffices to say how often it is repeated."""
 
 QUICK = Effort(seconds=0.8, least=2, most=15, sample=0.002)
 
@@ -66,7 +69,7 @@ def pair(
     """Time ``ours`` and ``against`` in turn; who begins changes from round to round.
 
     Args:
-        ours, against: functions without arguments. Each is called once before the first round.
+        ours, against: functions without arguments. Each is called before the first round.
         effort: how many rounds.
         clock: seconds; for tests.
     """
@@ -80,8 +83,10 @@ def pair(
     sides = (ours, against)
     calls = []
     for side in sides:
-        side()  # builds what is built once: compiled code, packed weights, thread pools
-        calls.append(max(1, math.ceil(effort.sample / max(seconds(side, 1), 1e-9))))
+        # The first call builds what is built once: compiled code, packed weights, thread pools.
+        first = seconds(side, 1)
+        once = first if first > SLOW else seconds(side, 1)
+        calls.append(max(1, math.ceil(effort.sample / max(once, 1e-9))))
     times: tuple[list[float], list[float]] = ([], [])
     begin = clock()
     while len(times[0]) < effort.most:

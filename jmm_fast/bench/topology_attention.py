@@ -23,7 +23,20 @@ SHAPES = {
     "decoder_d16": {"bodies": 8, "heads": 8, "tokens": 750, "width": 16, "joints": "grid"},
     "decoder_d64": {"bodies": 8, "heads": 8, "tokens": 750, "width": 64, "joints": "grid"},
 }
-LENGTHS = (1, 63, 74, 75, 127, 250, 750)
+CHECKED = (
+    (1, 32),
+    (63, 32),
+    (74, 32),
+    (75, 32),
+    (127, 32),
+    (250, 32),
+    (750, 32),
+    (75, 16),
+    (750, 16),
+    (75, 64),
+    (750, 64),
+)
+"""Tokens and width of the problems that the parity check solves."""
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, table: Tensor, joints: Tensor) -> Tensor:
@@ -100,8 +113,7 @@ def prepare(case: Case) -> Callable[[], object]:
 
 def checks(dtype: str, contender: str) -> Iterator[Check]:
     kind = getattr(torch, dtype)
-    problems = [(tokens, 32) for tokens in LENGTHS] + [(75, 16), (750, 16), (75, 64), (750, 64)]
-    for tokens, width in problems:
+    for tokens, width in CHECKED:
         heads = 2 if tokens < 750 else 1
         packed = torch.randn(2, tokens, 3, heads, width).to(kind)
         q, k, v = packed.permute(2, 0, 3, 1, 4)

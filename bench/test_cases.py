@@ -1,0 +1,33 @@
+"""Every case of ``jmm_fast.bench`` by itself: op, shape, dtype, direction, contender.
+
+``pytest bench --benchmark-only -k "motion_loss and cpu"`` times some. For ratios use ``jmm-fast bench``: it takes the
+two sides in turn, where these times, minutes apart on a machine that drifts, say little about one another.
+"""
+
+import math
+import time
+
+import pytest
+
+from jmm_fast.bench import cases
+
+SECONDS = 0.6
+"""About how long a case may take after its first two calls."""
+
+
+@pytest.mark.parametrize("case", cases.all_cases(), ids=str)
+def test_case(benchmark, gate, case):
+    reason = cases.unavailable(case)
+    if reason is not None:
+        pytest.skip(reason)
+    gate(case)
+    run = cases.prepare(case)
+    run()
+    begin = time.perf_counter()
+    run()
+    once = time.perf_counter() - begin
+    iterations = max(1, math.ceil(0.004 / once))
+    rounds = min(25, max(1, int(SECONDS / (iterations * once))))
+    benchmark.group = f"{case.op}/{case.shape}/{case.dtype}/{case.direction}"
+    benchmark.extra_info["case"] = str(case)
+    benchmark.pedantic(run, rounds=rounds, iterations=iterations)
