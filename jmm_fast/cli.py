@@ -279,7 +279,7 @@ def _bench(args: list[str]) -> None:
         [
             (
                 "ops",
-                Annotated[Positional[tuple[str, ...]], arg(help="ops to measure, feeder or step; default all")],
+                Annotated[Positional[tuple[str, ...]], arg(help="ops to measure, block, feeder or step; default all")],
                 (),
             ),
             ("quick", Annotated[FlagCreatePairsOff[bool], arg(help="fewer rounds, nothing that takes minutes")], False),

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Iterator
 
 from jmm_fast.bench import (
+    block,
     clip_window,
     feeder,
     motion_loss,
@@ -20,10 +21,11 @@ WORKLOADS: dict[str, Workload] = {
     "clip_window": clip_window.WORKLOAD,
     "motion_loss": motion_loss.WORKLOAD,
     "token_grid": token_grid.WORKLOAD,
+    "block": block.WORKLOAD,
     "feeder": feeder.WORKLOAD,
     "step": step.WORKLOAD,
 }
-"""The ops, a whole batch of clips (``feeder``) and the whole pretraining step (``step``)."""
+"""The ops, a transformer block (``block``), a batch of clips (``feeder``) and the pretraining step (``step``)."""
 
 
 def all_cases() -> Iterator[Case]:

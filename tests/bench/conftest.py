@@ -19,6 +19,10 @@ TINY = {
         "gather": {"bodies": 2, "frames": 16, "visible": 9},
         "scatter": {"bodies": 2, "frames": 16, "visible": 9, "width": 8},
     },
+    "block": {
+        "decoder": {"bodies": 2, "tokens": 50, "width": 32, "heads": 2},
+        "encoder": {"bodies": 2, "tokens": 11, "width": 32, "heads": 2},
+    },
     "feeder": {"ntu48": {"clips": 3, "window": 16}},
     "step": {"released": {"recipe": "demo", "bodies": 2}, "small": {"recipe": "demo", "bodies": 2}},
 }

@@ -1,0 +1,94 @@
+"""A whole transformer block, forward and backward: ours and the plain composition of torch's modules."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from jmm_fast.bench.case import Case, Check, Workload
+from jmm_fast.bench.parity import compare_rms
+from jmm_fast.models.blocks import Block
+from jmm_fast.train.loop import autocast
+
+CPU = torch.device("cpu")
+JOINTS = 25
+
+# The released model's decoder and encoder blocks.
+SHAPES = {
+    "decoder": {"bodies": 8, "tokens": 750, "width": 256, "heads": 8},
+    "encoder": {"bodies": 32, "tokens": 74, "width": 256, "heads": 8},
+}
+
+
+def _problem(bodies: int, tokens: int, width: int, heads: int, backend: str) -> tuple[Block, list[Tensor], Tensor]:
+    """A block, its two differentiable inputs (tokens and table) and the joints; equal for every backend."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        block = Block(width, heads, 4.0, True, "add", 0.0, backend)
+        inputs = [torch.randn(bodies, tokens, width), torch.randn(heads, JOINTS, JOINTS)]
+    return block, inputs, torch.arange(tokens) % JOINTS
+
+
+def prepare(case: Case) -> Callable[[], object]:
+    block, (x, table), joints = _problem(**SHAPES[case.shape], backend=case.contender)
+    seed = torch.ones_like(x)
+
+    def forward() -> Tensor:
+        with autocast(CPU, case.dtype):
+            return block(x, table, joints)
+
+    if case.direction == "forward":
+        return torch.no_grad()(forward)
+    x.requires_grad_()
+    table.requires_grad_()
+
+    def run() -> Tensor:
+        x.grad = table.grad = None
+        block.zero_grad(set_to_none=True)
+        forward().backward(seed)
+        return x.grad
+
+    return run
+
+
+def checks(dtype: str, contender: str) -> Iterator[Check]:
+    """Result and every gradient, those of the weights included."""
+    for bodies, tokens, width, heads in ((2, 1, 32, 2), (3, 63, 64, 4), (2, 127, 256, 8), (1, 750, 256, 8)):
+
+        def results(backend: str, arithmetic: str, size=(bodies, tokens, width, heads)) -> dict[str, Tensor]:
+            block, inputs, joints = _problem(*size, backend)
+            seed = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
+            if arithmetic == "float64":
+                block, inputs, seed = block.double(), [x.double() for x in inputs], seed.double()
+            x, table = (leaf.requires_grad_() for leaf in inputs)
+            with autocast(CPU, "float32" if arithmetic == "float64" else arithmetic):
+                out = block(x, table, joints)
+            out.backward(seed)
+            parameters = {f"d {name}": parameter.grad for name, parameter in block.named_parameters()}
+            return {"out": out.detach(), "d x": x.grad, "d table": table.grad} | parameters
+
+        ours, plain = results(contender, dtype), results("reference", dtype)
+        exact = results("reference", "float64")
+        yield from compare_rms(
+            list(exact),
+            list(ours.values()),
+            list(plain.values()),
+            list(exact.values()),
+            torch.finfo(getattr(torch, dtype)).eps,
+            where=f"N={tokens} d={width} ",
+        )
+
+
+def missing(case: Case) -> str | None:
+    return None
+
+
+WORKLOAD = Workload(
+    shapes=SHAPES,
+    dtypes=("float32", "bfloat16"),
+    directions=("forward", "forward_backward"),
+    contenders=("auto", "reference"),
+    prepare=prepare,
+    checks=checks,
+    unavailable=missing,
+)
