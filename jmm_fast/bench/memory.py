@@ -17,6 +17,10 @@ CALLS = 2
 """Calls of the case: a training step allocates the optimiser's state only at the end of the first."""
 
 
+class MemoryOfCaseError(RuntimeError):
+    """The process that was to be measured failed or was killed."""
+
+
 def peak_bytes() -> int:
     """Largest resident size of this process so far."""
     try:
@@ -33,7 +37,7 @@ def peak_memory(case: Case, threads: int) -> int:
     """Bytes of the case, inputs included, at the peak of a fresh process over the process with torch loaded.
 
     Raises:
-        RuntimeError: the process failed; the last line that it wrote says why.
+        MemoryOfCaseError: the process failed; the last line that it wrote says why.
     """
     result = subprocess.run(
         [sys.executable, "-m", "jmm_fast.bench.memory", str(case), str(threads)],
@@ -43,7 +47,7 @@ def peak_memory(case: Case, threads: int) -> int:
     )
     if result.returncode:
         last = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
-        raise RuntimeError(f"memory of {case}: {last}")
+        raise MemoryOfCaseError(f"memory of {case}: {last}")
     found = json.loads(result.stdout.splitlines()[-1])
     return found["peak"] - found["baseline"]
 

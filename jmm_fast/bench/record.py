@@ -10,7 +10,7 @@ import torch
 from jmm_fast.bench import cases, parity
 from jmm_fast.bench.case import BACKENDS, Case
 from jmm_fast.bench.limits import UNITS, limits
-from jmm_fast.bench.memory import peak_memory
+from jmm_fast.bench.memory import MemoryOfCaseError, peak_memory
 from jmm_fast.bench.parity import Parity
 from jmm_fast.bench.rows import ROWS, Row
 from jmm_fast.bench.timing import QUICK, Effort, pair
@@ -116,8 +116,14 @@ class _Run:
             "cases": {"ours": str(row.ours), "against": str(row.against)},
         }
         reason = self.left_out(row) or self.parity_reason(row)
+        figures: dict = {}
         if reason is None:
-            figures = self.times(row) if row.quantity == "time" else self.peaks(row)
+            try:
+                figures = self.times(row) if row.quantity == "time" else self.peaks(row)
+            except MemoryOfCaseError as error:
+                # Some GiB of the plain step may be more than there are.
+                reason = str(error)
+        if reason is None:
             # The bar is decided by what is shown and kept, not by digits that are dropped.
             ratio = figures["ratio"]["median"] if row.quantity == "time" else figures["ratio"]
             return found | figures | {"measured_text": row.measured_text(ratio), "holds": row.holds(ratio)}

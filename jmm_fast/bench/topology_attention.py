@@ -1,6 +1,8 @@
 """Attention with a joint-pair table: ours, the plain twin, PyTorch's fused attention and FlexAttention."""
 
 import functools
+import os
+import shutil
 from collections.abc import Callable, Iterator
 
 import torch
@@ -146,6 +148,8 @@ def missing(case: Case) -> str | None:
         return unavailable("topology_attention", "cpu")
     if case.contender == "flex" and case.direction != "forward":
         return "FlexAttention has no backward pass on the CPU"
+    if case.contender == "flex" and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        return "FlexAttention is compiled on first use, and there is no C++ compiler"
     return None
 
 

@@ -15,7 +15,7 @@ from jmm_fast.bench import topology_attention as attention
 from jmm_fast.bench.case import BACKENDS, Case
 from jmm_fast.bench.inputs import clip_lengths, moving_clips
 from jmm_fast.bench.limits import UNITS, limits
-from jmm_fast.bench.memory import peak_bytes, peak_memory
+from jmm_fast.bench.memory import MemoryOfCaseError, peak_bytes, peak_memory
 from jmm_fast.bench.numpy_feeder import FEEDERS, dense_sample
 from jmm_fast.bench.rows import CONTENDERS, ROWS
 
@@ -88,6 +88,12 @@ def test_what_cannot_run_says_why():
     assert cases.unavailable(case) == "FlexAttention has no backward pass on the CPU"
 
 
+def test_a_compiled_peer_needs_a_compiler(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    case = Case("topology_attention", "decoder", "float32", "forward", "flex")
+    assert cases.unavailable(case) == "FlexAttention is compiled on first use, and there is no C++ compiler"
+
+
 @pytest.mark.parametrize("joints_of", ["grid", "body"])
 def test_attention_peers_compute_the_same(joints_of):
     q, k, v = torch.randn(3, 2, 2, 30, 16)
@@ -153,7 +159,9 @@ def test_peak_memory_counts_what_a_case_needs():
 
 
 def test_peak_memory_of_a_case_that_fails():
-    with pytest.raises(RuntimeError, match=r"memory of motion_loss/none.*: ValueError: shape of motion_loss must be"):
+    with pytest.raises(
+        MemoryOfCaseError, match=r"memory of motion_loss/none.*: ValueError: shape of motion_loss must be"
+    ):
         peak_memory(Case("motion_loss", "none", "float32", "forward", "reference"), 1)
 
 

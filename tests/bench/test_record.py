@@ -10,6 +10,7 @@ from rich.console import Console
 
 from jmm_fast.bench import measure
 from jmm_fast.bench.case import Case
+from jmm_fast.bench.memory import MemoryOfCaseError
 from jmm_fast.bench.rows import ROWS, Row
 from jmm_fast.bench.table import duration, table
 from jmm_fast.cli import main
@@ -123,6 +124,17 @@ def test_peak_memory_of_both_sides(monkeypatch):
     assert record["rows"][0]["bytes"] == {"ours": 100, "against": 300} and record["rows"][0]["ratio"] == 3.0
     assert [case for case, _ in asked] == [LOSS, PLAIN], "each case once"
     assert "3.00x less" in shown(record) and "missed" in shown(record)
+
+
+def test_a_side_that_memory_does_not_suffice_for(monkeypatch):
+    def killed(case, threads):
+        raise MemoryOfCaseError(f"memory of {case}: exit code -9")
+
+    monkeypatch.setattr("jmm_fast.bench.record.peak_memory", killed)
+    monkeypatch.setattr("jmm_fast.bench.cases.unavailable", lambda case: None)
+    monkeypatch.setattr("jmm_fast.bench.record.BACKENDS", ())
+    record = measure(rows=[Row(ours=LOSS, against=PLAIN, bar=3.0, quantity="memory")])
+    assert record["rows"][0]["reason"] == f"memory of {LOSS}: exit code -9" and record["rows"][0]["holds"] is None
 
 
 def test_words_of_a_bar():
