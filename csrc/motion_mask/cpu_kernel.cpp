@@ -20,8 +20,6 @@ namespace jmm_fast::motion_mask::JMM_ISA {
 namespace {
 
 constexpr float kEps = 1.1920929e-7f;
-/// Tokens scored together: their planes, raw and centred, stay in the first cache.
-constexpr int64_t kChunk = 256;
 /// Rows of tokens may be written and read past their end by less than this.
 constexpr int64_t kPad = 64;
 /// The search for the threshold stops when so few keys are left that sorting them costs less.
@@ -62,174 +60,187 @@ inline Vec log_positive(Vec x) {
 /// Where a thread keeps what belongs to one body.
 struct Buffers {
   double* key;  ///< of candidates, in double precision
-  float *raw, *centred, *norm, *score, *draw, *weight, *ratio;
+  float *score, *draw, *weight, *ratio;
   int32_t* index;  ///< tokens of the candidates
-  int64_t row;     ///< floats between two planes
+  Vec* current;    ///< numbers of a group of tokens
+  Vec* before;     ///< for each group of joints: numbers, centred numbers and norm of the time step before
 };
 
-int64_t chunk_steps(const Problem& p) { return kChunk > p.joints ? kChunk / p.joints : 1; }
-
-/// One cache line more than a power of two times something: planes must not share cache sets.
-int64_t plane_row(const Problem& p) { return round_up((chunk_steps(p) + 1) * p.joints + kPad, 32) + 16; }
-
 int64_t token_row(const Problem& p) { return round_up(p.tokens + kPad, 16); }
+int64_t planes_of(const Problem& p) { return p.patch * p.coordinates; }
+int64_t groups_of(const Problem& p) { return (p.joints + kLanes - 1) / kLanes; }
 
 Buffers split(const Problem& p, float* scratch) {
-  const int64_t planes = p.patch * p.coordinates, tokens = token_row(p);
+  const int64_t tokens = token_row(p);
   Buffers b;
-  b.row = plane_row(p);
   b.key = reinterpret_cast<double*>(scratch);
   b.score = scratch + 2 * tokens;
   b.draw = b.score + tokens;
   b.weight = b.draw + tokens;
   b.ratio = b.weight + tokens;
   b.index = reinterpret_cast<int32_t*>(b.ratio + tokens);
-  b.norm = b.ratio + 2 * tokens;
-  b.raw = b.norm + b.row;
-  b.centred = b.raw + planes * b.row;
+  b.current = reinterpret_cast<Vec*>(b.ratio + 2 * tokens);
+  b.before = b.current + planes_of(p);
   return b;
 }
 
 // ---- Scores --------------------------------------------------------------------------------------------------------
 
-/// One frame of a body, `[V,C]`, to planes `to + c * stride`; may write up to kLanes values more in each.
-/// `spare`: floats that may be read behind this frame.
-inline void unpack_frame(const Problem& p, const float* __restrict from, int64_t spare, float* __restrict to,
-                         int64_t stride) {
-  if (p.joint_stride == 3 && p.coordinate_stride == 1 && p.coordinates == 3) {
-    float* __restrict x = to;
-    float* __restrict y = to + stride;
-    float* __restrict z = to + 2 * stride;
-    int64_t v = 0;
-    for (; v < p.joints && (v + kLanes - p.joints) * 3 <= spare; v += kLanes) {
-      for (int l = 0; l < kLanes; ++l) {
-        x[v + l] = from[3 * (v + l)];
-        y[v + l] = from[3 * (v + l) + 1];
-        z[v + l] = from[3 * (v + l) + 2];
-      }
-    }
-    for (; v < p.joints; ++v) x[v] = from[3 * v], y[v] = from[3 * v + 1], z[v] = from[3 * v + 2];
-    return;
+/// Lanes of a vector that hold coordinate `c` of triples (x, y, z), in the `part`-th of three vectors full of them.
+constexpr uint32_t triple_bits(int c, int part) {
+  uint32_t bits = 0;
+  for (int l = 0; l < kLanes; ++l) {
+    if ((3 * l + c) / kLanes == part) bits |= 1u << (3 * l + c) % kLanes;
   }
-  for (int64_t c = 0; c < p.coordinates; ++c) {
-    const float* source = from + c * p.coordinate_stride;
-    for (int64_t v = 0; v < p.joints; ++v) to[c * stride + v] = source[v * p.joint_stride];
-  }
+  return bits;
 }
 
-/// Centres the `kPlanes` (0: `planes`) numbers of tokens [begin, end) and takes their norm.
-template <int kPlanes>
-void centre(const Buffers& b, int64_t planes, int64_t begin, int64_t end) {
-  const int64_t count = kPlanes != 0 ? kPlanes : planes, row = b.row;
-  const float share = 1.0f / static_cast<float>(count);
-  const float* __restrict raw = b.raw;
-  float* __restrict centred = b.centred;
-  float* __restrict norm = b.norm;
-  for (int64_t i = begin; i < end; i += kLanes) {
-    // Seen from the first number: far from the origin, the rounding of a mean would drown small differences.
-    const Vec first = load(raw + i);
-    Vec even{}, odd{};
-#pragma GCC unroll 12
-    for (int64_t j = 1; j < count; ++j) {
-      const Vec d = load(raw + j * row + i) - first;
-      (j & 1 ? odd : even) += d;
+/// Lane l of `b` where bit l is set, else of `a`.
+template <uint32_t kBits>
+inline Vec blend(Vec a, Vec b) {
+#if JMM_LANES == 16
+  return reinterpret_cast<Vec>(_mm512_mask_blend_ps(kBits, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#elif JMM_LANES == 8
+  return reinterpret_cast<Vec>(_mm256_blend_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), kBits));
+#else
+  IntVec chosen{};
+  for (int l = 0; l < kLanes; ++l) chosen[l] = (kBits >> l & 1) != 0 ? -1 : 0;
+  return chosen ? b : a;
+#endif
+}
+
+/// Coordinate `kC` of kLanes triples in three vectors. As 3 does not divide the number of lanes, they lie at different
+/// lanes of their vectors: two blends collect them, one permutation puts them in order.
+template <int kC>
+inline Vec take(Vec a, Vec b, Vec c) {
+  const Vec mixed = blend<triple_bits(kC, 2)>(blend<triple_bits(kC, 1)>(a, b), c);
+#if defined(__clang__)
+  Vec ordered;
+  for (int l = 0; l < kLanes; ++l) ordered[l] = mixed[(3 * l + kC) % kLanes];
+  return ordered;
+#else
+  IntVec from{};
+  for (int l = 0; l < kLanes; ++l) from[l] = (3 * l + kC) % kLanes;
+  return __builtin_shuffle(mixed, from);
+#endif
+}
+
+inline Vec square_root(Vec x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int l = 0; l < kLanes; ++l) lanes[l] = __builtin_sqrtf(lanes[l]);
+  return load(lanes);
+}
+
+/// Joints [joint, joint + kLanes) of one frame, a vector for each coordinate. Lanes without a joint hold anything.
+/// `spare`: floats that may be read behind this frame.
+template <bool kPacked>
+inline void read_joints(const Problem& p, const float* frame, int64_t spare, int64_t joint, Vec* to) {
+  const int64_t count = smaller(kLanes, p.joints - joint);
+  if constexpr (kPacked) {
+    const float* from = frame + 3 * joint;
+    float tail[3 * kLanes];
+    if (3 * (kLanes - count) > spare) {
+      for (int64_t i = 0; i < 3 * kLanes; ++i) tail[i] = i < 3 * count ? from[i] : 0.0f;
+      from = tail;
     }
-    const Vec mean = (even + odd) * share;
-    Vec even_squares = mean * mean, odd_squares{};
-    store(centred + i, -mean);
-#pragma GCC unroll 12
-    for (int64_t j = 1; j < count; ++j) {
-      const Vec c = load(raw + j * row + i) - first - mean;
-      (j & 1 ? odd_squares : even_squares) += c * c;
-      store(centred + j * row + i, c);
+    const Vec a = load(from), b = load(from + kLanes), c = load(from + 2 * kLanes);
+    to[0] = take<0>(a, b, c);
+    to[1] = take<1>(a, b, c);
+    to[2] = take<2>(a, b, c);
+  } else {
+    for (int64_t c = 0; c < p.coordinates; ++c) {
+      const float* from = frame + joint * p.joint_stride + c * p.coordinate_stride;
+      float lanes[kLanes] = {};
+      for (int64_t l = 0; l < count; ++l) lanes[l] = from[l * p.joint_stride];
+      to[c] = load(lanes);
     }
-    store(norm + i, even_squares + odd_squares);
   }
-  for (int64_t i = begin; i < end; ++i) norm[i] = __builtin_sqrtf(norm[i]);
 }
 
 struct Extent {
   Vec largest, sum, norm;
 };
 
-/// Scores of tokens [begin, end) of the planes, each against the token one row of joints before.
-template <int kVariant, int kPlanes>
-void score_tokens(const Problem& p, const Buffers& b, int64_t planes, int64_t begin, int64_t end, float* __restrict to,
-                  Extent& extent) {
-  const int64_t count = kPlanes != 0 ? kPlanes : planes, row = b.row, before = p.joints;
-  const float share = 1.0f / static_cast<float>(count);
-  const float gate = static_cast<float>(p.gate), rest = static_cast<float>(1.0 - p.gate);
-  const float* __restrict raw = b.raw;
-  const float* __restrict centred = b.centred;
-  for (int64_t i = begin; i < end; i += kLanes) {
-    Vec even{}, odd{}, product_even{}, product_odd{};
-#pragma GCC unroll 12
-    for (int64_t j = 0; j < count; ++j) {
-      const float* at = raw + j * row + i;
-      (j & 1 ? odd : even) += magnitude(load(at) - load(at - before));
-      if constexpr (kVariant != kMamp) {
-        const float* c = centred + j * row + i;
-        const Vec product = load(c) * load(c - before);
-        (j & 1 ? product_odd : product_even) += kVariant == kReleased ? magnitude(product) : product;
-      }
-    }
-    Vec value = (even + odd) * share, norm{};
-    if constexpr (kVariant != kMamp) {
-      norm = load(b.norm + i) * load(b.norm + i - before);
-      const Vec similar = (product_even + product_odd) / (norm + 1e-10f);
-      value = kVariant == kReleased ? value + similar * share : gate * value + rest * magnitude(similar);
-    }
-    store(to + i - begin, value);
-    if (end - i < kLanes) {
-      // What lies behind the last token is left from another body, or nothing at all.
-      const IntVec inside = lane_numbers() < static_cast<int32_t>(end - i);
-      value = inside ? value : Vec{};
-      norm = inside ? norm : Vec{};
-    }
-    extent.largest = larger(extent.largest, value);
-    extent.sum += value;
-    extent.norm = larger(extent.norm, norm);
-  }
-}
-
-/// Scores of the body into `b.score`.
-template <int kVariant, int kPlanes>
+/// Scores of the body into `b.score`; `kPlanes` is the size of a token, 0 if only known when running.
+template <int kVariant, int kPlanes, bool kPacked>
 Extent score_body(const Problem& p, const Buffers& b, const float* body) {
-  const int64_t planes = p.patch * p.coordinates, joints = p.joints, rows = chunk_steps(p);
-  const int64_t frame = joints * p.coordinates;
+  const int64_t planes = kPlanes != 0 ? kPlanes : planes_of(p), groups = groups_of(p);
+  const int64_t patch = kPacked && kPlanes != 0 ? kPlanes / 3 : p.patch, state = 2 * planes + 1;
+  const int64_t frame_floats = p.frame_stride >= 3 * p.joints ? 3 * p.joints : 0;
+  const float share = 1.0f / static_cast<float>(planes);
+  const float gate = static_cast<float>(p.gate), rest = static_cast<float>(1.0 - p.gate);
+  for (int64_t i = 0; i < groups * state; ++i) b.before[i] = Vec{};
   Extent extent{};
-  // Row 0 of the planes holds the time step before the chunk.
-  for (int64_t step = 0; step < p.steps; step += rows) {
-    const int64_t here = smaller(rows, p.steps - step);
-    for (int64_t s = 0; s < here; ++s) {
-      for (int64_t f = 0; f < p.patch; ++f) {
-        const int64_t t = (step + s) * p.patch + f;
-        const int64_t spare = p.frame_stride >= frame ? (p.steps * p.patch - 1 - t) * frame : 0;
-        unpack_frame(p, body + t * p.frame_stride, spare, b.raw + f * p.coordinates * b.row + (s + 1) * joints, b.row);
+  for (int64_t step = 0; step < p.steps; ++step) {
+    for (int64_t group = 0; group < groups; ++group) {
+      // An array of known size stays in registers.
+      Vec known[kPlanes != 0 ? kPlanes : 1];
+      Vec* x = kPlanes != 0 ? known : b.current;
+      const int64_t joint = group * kLanes;
+#pragma GCC unroll 4
+      for (int64_t f = 0; f < patch; ++f) {
+        const int64_t t = step * patch + f;
+        const int64_t spare = (p.steps * patch - 1 - t) * frame_floats;
+        read_joints<kPacked>(p, body + t * p.frame_stride, spare, joint, x + f * p.coordinates);
       }
-    }
-    const int64_t end = (here + 1) * joints;
-    if constexpr (kVariant != kMamp) centre<kPlanes>(b, planes, joints, end);
-    const int64_t first = step == 0 ? 1 : 0;
-    score_tokens<kVariant, kPlanes>(p, b, planes, (1 + first) * joints, end, b.score + (step + first) * joints, extent);
-    for (int64_t j = 0; j < planes; ++j) {
-      for (int64_t v = 0; v < joints; ++v) b.raw[j * b.row + v] = b.raw[j * b.row + end - joints + v];
+
+      Vec* before = b.before + group * state;
+      Vec even{}, odd{};
+#pragma GCC unroll 12
+      for (int64_t j = 0; j < planes; ++j) {
+        (j & 1 ? odd : even) += magnitude(x[j] - before[j]);
+        before[j] = x[j];
+      }
+      Vec value = (even + odd) * share, norm{};
       if constexpr (kVariant != kMamp) {
-        for (int64_t v = 0; v < joints; ++v) b.centred[j * b.row + v] = b.centred[j * b.row + end - joints + v];
+        // Seen from the first number: far from the origin, the rounding of a mean would drown small differences.
+        const Vec first = x[0];
+        even = Vec{}, odd = Vec{};
+#pragma GCC unroll 12
+        for (int64_t j = 1; j < planes; ++j) (j & 1 ? odd : even) += x[j] - first;
+        const Vec mean = (even + odd) * share;
+        Vec* centred = before + planes;
+        Vec even_squares{}, odd_squares{};
+        even = Vec{}, odd = Vec{};
+#pragma GCC unroll 12
+        for (int64_t j = 0; j < planes; ++j) {
+          const Vec c = (x[j] - first) - mean;
+          const Vec product = c * centred[j];
+          (j & 1 ? odd_squares : even_squares) += c * c;
+          (j & 1 ? odd : even) += kVariant == kReleased ? magnitude(product) : product;
+          centred[j] = c;
+        }
+        const Vec length = square_root(even_squares + odd_squares);
+        norm = length * before[2 * planes];
+        before[2 * planes] = length;
+        const Vec similar = (even + odd) / (norm + 1e-10f);
+        value = kVariant == kReleased ? value + similar * share : gate * value + rest * magnitude(similar);
       }
-    }
-    if constexpr (kVariant != kMamp) {
-      for (int64_t v = 0; v < joints; ++v) b.norm[v] = b.norm[end - joints + v];
+      if (step == 0) continue;
+      store(b.score + step * p.joints + joint, value);
+      if (p.joints - joint < kLanes) {
+        // Lanes without a joint hold something else.
+        const IntVec inside = lane_numbers() < static_cast<int32_t>(p.joints - joint);
+        value = inside ? value : Vec{};
+        norm = inside ? norm : Vec{};
+      }
+      extent.largest = larger(extent.largest, value);
+      extent.sum += value;
+      extent.norm = larger(extent.norm, norm);
     }
   }
-  for (int64_t v = 0; v < joints; ++v) b.score[v] = b.score[joints + v];
+  for (int64_t v = 0; v < p.joints; ++v) b.score[v] = b.score[p.joints + v];
   return extent;
 }
 
 template <int kVariant>
 Extent score_body(const Problem& p, const Buffers& b, const float* body) {
-  if (p.patch * p.coordinates == 12) return score_body<kVariant, 12>(p, b, body);
-  return score_body<kVariant, 0>(p, b, body);
+  const bool packed = p.joint_stride == 3 && p.coordinate_stride == 1 && p.coordinates == 3;
+  if (packed) {
+    return p.patch == 4 ? score_body<kVariant, 12, true>(p, b, body) : score_body<kVariant, 0, true>(p, b, body);
+  }
+  return score_body<kVariant, 0, false>(p, b, body);
 }
 
 // ---- The same in double precision, for the few tokens where it matters
@@ -435,59 +446,36 @@ Cut find_cut(const Buffers& b, int64_t tokens, int64_t kept, int32_t least, int3
 
 // ---- Results -------------------------------------------------------------------------------------------------------
 
-typedef int64_t Long8 __attribute__((vector_size(64), aligned(8), may_alias));
-typedef uint8_t Byte8 __attribute__((vector_size(8), aligned(8), may_alias));
-
-/// For each of eight bits: how many lower ones are set, and whether it is.
-struct Prefixes {
-  alignas(8) uint8_t before[256][8];
-  constexpr Prefixes() : before{} {
-    for (int bits = 0; bits < 256; ++bits) {
-      for (int i = 0, seen = 0; i < 8; seen += bits >> i & 1, ++i) {
-        before[bits][i] = static_cast<uint8_t>(seen);
-      }
-    }
-  }
-};
-constexpr Prefixes kPrefixes;
-
 void write(const Problem& p, const Result& result, const Buffers& b, int64_t body, int32_t bound, float total) {
   const int64_t tokens = p.tokens, kept = p.kept;
   float* __restrict probability = result.probability + body * tokens;
   const float share = 1.0f / total;
   for (int64_t i = 0; i < tokens; ++i) probability[i] = b.weight[i] * share;
 
-  int64_t* __restrict visible = result.visible + body * kept;
-  int64_t* __restrict restore = result.restore + body * tokens;
-  uint8_t* __restrict mask = reinterpret_cast<uint8_t*>(result.mask) + body * tokens;
+  bool* __restrict mask = result.mask + body * tokens;
   const int32_t* __restrict bits = reinterpret_cast<const int32_t*>(b.ratio);
   for (int64_t i = 0; i < tokens; ++i) mask[i] = bits[i] >= bound;
 
-  const Long8 lane{0, 1, 2, 3, 4, 5, 6, 7};
+  // Without branches: where the kept tokens are, nobody can predict. Each token is noted as the next kept one, and
+  // stays noted if it is.
+  int64_t* __restrict restore = result.restore + body * tokens;
+  int32_t* __restrict noted = b.index;
   int64_t seen = 0;
-  for (int64_t i = 0; i < tokens; i += 8) {
-    uint32_t set = 0;
-#if JMM_LANES == 16
-    set = lane_bits(bits_at(b.ratio, i) < bound) & 0xff;
-#else
-    for (int64_t j = 0; j < 8; j += kLanes) set |= lane_bits(bits_at(b.ratio, i + j) < bound) << j;
-#endif
-    if (tokens - i < 8) set &= (1u << (tokens - i)) - 1;
-    const Long8 before = __builtin_convertvector(*reinterpret_cast<const Byte8*>(kPrefixes.before[set]), Long8) + seen;
-    const Long8 chosen = (static_cast<int64_t>(set) >> lane & 1) != 0;
-    const Long8 place = chosen ? before : lane + (kept + i) - before;
-    if (tokens - i >= 8) {
-      *reinterpret_cast<Long8*>(restore + i) = place;
-    } else {
-      for (int64_t l = 0; l < tokens - i; ++l) restore[i + l] = place[l];
-    }
-    for (; set != 0; set &= set - 1) visible[seen++] = i + __builtin_ctz(set);
+  for (int64_t i = 0; i < tokens; ++i) {
+    noted[seen] = static_cast<int32_t>(i);
+    const bool keep = bits[i] < bound;
+    restore[i] = keep ? seen : kept + i - seen;
+    seen += keep;
   }
+  int64_t* __restrict visible = result.visible + body * kept;
+  for (int64_t i = 0; i < kept; ++i) visible[i] = noted[i];
 }
 
 }  // namespace
 
-int64_t scratch(const Problem& p) { return 7 * token_row(p) + (1 + 2 * p.patch * p.coordinates) * plane_row(p); }
+int64_t scratch(const Problem& p) {
+  return 7 * token_row(p) + (planes_of(p) + groups_of(p) * (2 * planes_of(p) + 1)) * kLanes;
+}
 
 bool draw(const Problem& p, const Result& result, float* memory, int64_t body) {
   const Buffers b = split(p, memory);
