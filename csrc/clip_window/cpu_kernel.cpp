@@ -2,6 +2,9 @@
 //
 // A vector holds whole joints (5 of 16 lanes, 2 of 8, 1 of 4), so that a rotation stays inside it: three permutations
 // and three products. The lane or two behind them are computed with and overwritten by the next vector.
+//
+// Products and sums are rounded one by one, as the plain twin rounds them (the build switches contraction off for this
+// file): clips that are equal bit for bit draw equal masks.
 
 #include "clip_window/cpu_kernel.h"
 
@@ -78,12 +81,11 @@ void cut(const Problem& p, float* memory, int64_t clip) {
   // frame without a division.
   const int64_t unit = 2 * window;
   const int64_t whole = 2 * length / unit, part = 2 * length % unit;
-  const float share = 1.0f / static_cast<float>(unit);
   int64_t low = 0, rest = length - window;
   if (rest > 0) low = rest / unit, rest %= unit;
   for (int64_t i = 0; i < window; ++i) {
     const int64_t at = smaller(rest < 0 ? 0 : low, length - 1);
-    const float weight = rest < 0 ? 0.0f : static_cast<float>(rest) * share;
+    const float weight = rest < 0 ? 0.0f : static_cast<float>(rest) / static_cast<float>(unit);
     const float* first = row_at(start + at, 0);
     const float* second = row_at(start + smaller(at + 1, length - 1), 1);
     float* to = out + i * width;

@@ -8,9 +8,10 @@ def rotation_matrix(angles: Tensor) -> Tensor:
     """``Rz(c) Ry(b) Rx(a)`` for angles ``[..., 3]`` = (a, b, c) in radians -> ``[..., 3, 3]``.
 
     Each factor turns coordinates by the negative angle (the sine stands above the diagonal in Rx and Rz), which is the
-    convention of the released feeder; a pose is a column vector, ``R @ x``.
+    convention of the released feeder; a pose is a column vector, ``R @ x``. Computed in float64 and rounded once to the
+    dtype of ``angles``.
     """
-    sine, cosine = angles.sin(), angles.cos()
+    sine, cosine = angles.double().sin(), angles.double().cos()
     (sa, sb, sc), (ca, cb, cc) = sine.unbind(-1), cosine.unbind(-1)
     zero, one = torch.zeros_like(sa), torch.ones_like(sa)
 
@@ -20,7 +21,7 @@ def rotation_matrix(angles: Tensor) -> Tensor:
     rx = matrix((one, zero, zero), (zero, ca, sa), (zero, -sa, ca))
     ry = matrix((cb, zero, -sb), (zero, one, zero), (sb, zero, cb))
     rz = matrix((cc, sc, zero), (-sc, cc, zero), (zero, zero, one))
-    return rz @ ry @ rx
+    return (rz @ ry @ rx).to(angles.dtype)
 
 
 def clip_window(frames: Tensor, start: Tensor, length: Tensor, angles: Tensor | None, *, window: int) -> Tensor:
@@ -43,5 +44,8 @@ def clip_window(frames: Tensor, start: Tensor, length: Tensor, angles: Tensor | 
     clips = (1 - weight) * first + weight * second
     clips = torch.where(full[..., None, None], clips, torch.zeros((), dtype=dtype, device=frames.device))
     if angles is not None:
-        clips = torch.einsum("bij,btvj->btvi", rotation_matrix(angles.to(dtype)), clips).contiguous()
+        # Written out, so that every backend can round where this does: equal clips draw equal masks.
+        columns = rotation_matrix(angles.to(dtype))[:, None, None].unbind(-1)
+        x, y, z = (clips[..., axis, None] * column for axis, column in enumerate(columns))
+        clips = x + y + z
     return clips.to(frames.dtype)
