@@ -16,12 +16,12 @@ namespace jmm_fast::token_grid::JMM_ISA {
 
 namespace {
 
-// Rows are summed in float this many at a time, then in double: the pass waits for memory, so exactness costs nothing.
+// Rows are summed in float this many at a time, then in double: the pass waits for memory, so exactness costs little.
 constexpr int64_t kFloatRows = 8;
-// Vectors of a row that are summed in registers.
-constexpr int kColumns = 8;
-
-typedef double DoubleVec __attribute__((vector_size(kLanes * 8), aligned(8), may_alias));
+// Bytes that are asked for ahead of the row being summed.
+constexpr int64_t kAhead = 6144;
+// A grid of this size will not be found in a cache by who reads it next, so it is not put there.
+constexpr int64_t kStreamBytes = 8 << 20;
 
 /// Calls `chunk(clip element, patch element)` for each frame of each kept token; a chunk is `channels` numbers.
 template <typename T, typename Chunk>
@@ -68,54 +68,75 @@ template <typename Vector, typename Number>
   for (; i < width; ++i) number(i);
 }
 
-template <typename Token, typename Out>
-void scatter_any(const Grid& g, float* hidden, int64_t step, int64_t begin, int64_t end) {
+/// Writes one row with `value(i)` (a vector) and `rest(i)` (a number).
+template <bool kStream, typename Out, typename Value, typename Rest>
+[[gnu::always_inline]] inline void write_row(Out* out, int64_t width, Value&& value, Rest&& rest) {
+  along(
+      width,
+      [&](int64_t i) __attribute__((always_inline)) {
+        if constexpr (kStream) {
+          stream(out + i, value(i));
+        } else {
+          store_any(out + i, value(i));
+        }
+      },
+      [&](int64_t i) __attribute__((always_inline)) { store_any(out + i, rest(i)); });
+}
+
+template <bool kStream, typename Token, typename Out>
+void scatter_rows(const Grid& g, const float* hidden, int64_t step, int64_t begin, int64_t end) {
   const int64_t width = g.width, joints = g.joints;
   const float* time = g.time + step * width;
-  for (int64_t v = 0; v < joints; ++v) {
-    for (int64_t i = 0; i < width; ++i) {
-      hidden[v * width + i] = g.mask_token[i] + (time[i] + g.joint[v * width + i]);
-    }
-  }
   for (int64_t body = begin; body < end; ++body) {
     const int64_t* restore = g.restore + body * g.restore_body + step * joints * g.restore_token;
-    Out* __restrict out = static_cast<Out*>(g.grid) + body * g.grid_body + step * joints * g.grid_row;
+    Out* out = static_cast<Out*>(g.grid) + body * g.grid_body + step * joints * g.grid_row;
     for (int64_t v = 0; v < joints; ++v, out += g.grid_row) {
       const int64_t place = restore[v * g.restore_token];
       if (place >= g.kept) {
-        const float* __restrict row = hidden + v * width;
-        along(
-            width, [=](int64_t i) __attribute__((always_inline)) { store_any(out + i, load(row + i)); },
-            [=](int64_t i) __attribute__((always_inline)) { store_any(out + i, row[i]); });
+        const float* row = hidden + v * width;
+        write_row<kStream>(
+            out, width, [=](int64_t i) __attribute__((always_inline)) { return load(row + i); },
+            [=](int64_t i) __attribute__((always_inline)) { return row[i]; });
       } else {
-        const Token* __restrict token = static_cast<const Token*>(g.tokens) + body * g.token_body + place * g.token_row;
-        const float* __restrict joint = g.joint + v * width;
-        along(
-            width,
-            [=](int64_t i) __attribute__((always_inline)) {
-              store_any(out + i, load_any(token + i) + (load(time + i) + load(joint + i)));
-            },
+        const Token* token = static_cast<const Token*>(g.tokens) + body * g.token_body + place * g.token_row;
+        const float* joint = g.joint + v * width;
+        write_row<kStream>(
+            out, width,
             [=](int64_t i)
-                __attribute__((always_inline)) { store_any(out + i, as_float(token[i]) + (time[i] + joint[i])); });
+                __attribute__((always_inline)) { return load_any(token + i) + (load(time + i) + load(joint + i)); },
+            [=](int64_t i) __attribute__((always_inline)) { return as_float(token[i]) + (time[i] + joint[i]); });
       }
     }
   }
 }
 
-/// What sum_step keeps: for each joint, the sum over up to kFloatRows bodies in float and that over all in double; the
-/// sum over masked tokens; which joints of a body are masked.
+template <typename Token, typename Out>
+void scatter_any(const Grid& g, float* hidden, int64_t step, int64_t begin, int64_t end) {
+  const float* time = g.time + step * g.width;
+  for (int64_t v = 0; v < g.joints; ++v) {
+    const float* joint = g.joint + v * g.width;
+    for (int64_t i = 0; i < g.width; ++i) hidden[v * g.width + i] = g.mask_token[i] + (time[i] + joint[i]);
+  }
+  const int64_t bytes = g.bodies * g.grid_body * static_cast<int64_t>(sizeof(Out));
+  if (bytes >= kStreamBytes && streamable(static_cast<const Out*>(g.grid), g.width)) {
+    scatter_rows<true, Token, Out>(g, hidden, step, begin, end);
+    stream_end();
+  } else {
+    scatter_rows<false, Token, Out>(g, hidden, step, begin, end);
+  }
+}
+
+/// What sum_step keeps: sums over up to kFloatRows rows in float, for each joint and for the masked tokens, and the
+/// same over all in double.
 struct Sums {
-  Sums(const Grid& g, float* base) : count(g.joints * g.width), used_(0), base_(base) {
+  Sums(const Grid& g, float* base) : count((g.joints + 1) * g.width), used_(0), base_(base) {
     single = take(count);
     exact = reinterpret_cast<double*>(take(2 * count));
-    masked_sum = reinterpret_cast<double*>(take(2 * g.width));
-    masked = reinterpret_cast<int32_t*>(take(g.joints));
   }
   int64_t used() const { return used_; }
   int64_t count;
   float* single;
-  double *exact, *masked_sum;
-  int32_t* masked;
+  double* exact;
 
  private:
   float* take(int64_t floats) {
@@ -127,59 +148,49 @@ struct Sums {
   float* base_;
 };
 
-/// Adds `kVectors` vectors of each joint's row to the joint's sum, and of the masked ones to theirs.
-template <int kVectors, typename In>
-[[gnu::always_inline]] inline void add_columns(const In* row, int64_t stride, int64_t joints, int64_t width,
-                                               const int32_t* masked, float* joint_sums, double* masked_sum) {
-  for (int64_t first = 0; first < joints; first += kFloatRows) {
-    Vec hidden[kVectors]{};
-    for (int64_t v = first; v < smaller(first + kFloatRows, joints); ++v, row += stride, joint_sums += width) {
-      const IntVec keep = masked[v] - IntVec{};
-#pragma GCC unroll 8
-      for (int c = 0; c < kVectors; ++c) {
-        const Vec x = load_any(row + c * kLanes);
-        const IntVec kept = reinterpret_cast<const IntVec&>(x) & keep;
-        store(joint_sums + c * kLanes, load(joint_sums + c * kLanes) + x);
-        hidden[c] += reinterpret_cast<const Vec&>(kept);
-      }
-    }
-#pragma GCC unroll 8
-    for (int c = 0; c < kVectors; ++c) {
-      *reinterpret_cast<DoubleVec*>(masked_sum + c * kLanes) += __builtin_convertvector(hidden[c], DoubleVec);
-    }
-  }
+inline void flush(float* __restrict single, double* __restrict exact, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) exact[i] += single[i], single[i] = 0.0f;
 }
 
 template <typename In>
 void sum_any(const Grid& g, float* scratch, int64_t step, float* joint_sums, float* time_out, float* masked_out) {
   const Sums s(g, scratch);
   const int64_t width = g.width, joints = g.joints;
+  float* __restrict hidden = s.single + joints * width;
+  double* hidden_exact = s.exact + joints * width;
   for (int64_t i = 0; i < s.count; ++i) s.single[i] = 0.0f, s.exact[i] = 0.0;
-  for (int64_t i = 0; i < width; ++i) s.masked_sum[i] = 0.0;
+  int64_t hidden_rows = 0;
   for (int64_t body = 0; body < g.bodies; ++body) {
     const int64_t* restore = g.restore + body * g.restore_body + step * joints * g.restore_token;
-    for (int64_t v = 0; v < joints; ++v) s.masked[v] = restore[v * g.restore_token] >= g.kept ? -1 : 0;
-    const In* rows = static_cast<const In*>(g.grid) + body * g.grid_body + step * joints * g.grid_row;
-    int64_t i = 0;
-    for (; i + kColumns * kLanes <= width; i += kColumns * kLanes) {
-      add_columns<kColumns>(rows + i, g.grid_row, joints, width, s.masked, s.single + i, s.masked_sum + i);
-    }
-    for (; i + kLanes <= width; i += kLanes) {
-      add_columns<1>(rows + i, g.grid_row, joints, width, s.masked, s.single + i, s.masked_sum + i);
-    }
-    for (int64_t v = 0; v < joints && i < width; ++v) {
-      for (int64_t c = i; c < width; ++c) {
-        const float x = as_float(rows[v * g.grid_row + c]);
-        s.single[v * width + c] += x;
-        s.masked_sum[c] += s.masked[v] != 0 ? x : 0.0f;
+    const In* __restrict row = static_cast<const In*>(g.grid) + body * g.grid_body + step * joints * g.grid_row;
+    float* __restrict sums = s.single;
+    for (int64_t v = 0; v < joints; ++v, row += g.grid_row, sums += width) {
+      if (restore[v * g.restore_token] < g.kept) {
+        along(
+            width,
+            [=](int64_t i) __attribute__((always_inline)) { store(sums + i, load(sums + i) + load_any(row + i)); },
+            [=](int64_t i) __attribute__((always_inline)) { sums[i] += as_float(row[i]); });
+        continue;
       }
+      along(
+          width,
+          [=](int64_t i) __attribute__((always_inline)) {
+            const Vec x = load_any(row + i);
+            __builtin_prefetch(row + i + kAhead / static_cast<int64_t>(sizeof(In)));
+            store(sums + i, load(sums + i) + x);
+            store(hidden + i, load(hidden + i) + x);
+          },
+          [=](int64_t i) __attribute__((always_inline)) {
+            sums[i] += as_float(row[i]);
+            hidden[i] += as_float(row[i]);
+          });
+      if (++hidden_rows % kFloatRows == 0) flush(hidden, hidden_exact, width);
     }
-    if ((body + 1) % kFloatRows == 0 || body + 1 == g.bodies) {
-      for (int64_t j = 0; j < s.count; ++j) s.exact[j] += s.single[j], s.single[j] = 0.0f;
-    }
+    if ((body + 1) % kFloatRows == 0) flush(s.single, s.exact, joints * width);
   }
-  for (int64_t i = 0; i < s.count; ++i) joint_sums[i] = static_cast<float>(s.exact[i]);
-  for (int64_t i = 0; i < width; ++i) masked_out[i] = static_cast<float>(s.masked_sum[i]);
+  flush(s.single, s.exact, s.count);
+  for (int64_t i = 0; i < joints * width; ++i) joint_sums[i] = static_cast<float>(s.exact[i]);
+  for (int64_t i = 0; i < width; ++i) masked_out[i] = static_cast<float>(hidden_exact[i]);
   for (int64_t i = 0; i < width; ++i) {
     double all = 0.0;
     for (int64_t v = 0; v < joints; ++v) all += s.exact[v * width + i];

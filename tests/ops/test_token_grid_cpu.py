@@ -159,6 +159,13 @@ def test_few_and_all_visible(isa, kept):
     assert dmask.any() == (kept < 50)
 
 
+def test_grids_larger_than_the_caches(isa):
+    # 8.8 MB: from 8 MiB on the rows are written past the caches, by other instructions.
+    check_scatter(*scatter_problem(46, 30, width=64))
+    check_scatter(*scatter_problem(46, 30, width=128, dtype=BF16))
+    check_scatter(*scatter_problem(46, 30, width=65))
+
+
 def test_sums_over_many_bodies(isa):
     check_scatter(*scatter_problem(bodies=131, steps=3, joints=5, kept=4, width=24))
     # Sums that cancel but for a little: float alone would lose it among a thousand bodies.
