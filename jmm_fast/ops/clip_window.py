@@ -80,11 +80,13 @@ def _run(frames: Tensor, start: Tensor, length: Tensor, angles: Tensor | None, w
 
 
 def _check_inside(frames: Tensor, start: Tensor, length: Tensor) -> None:
-    inside = (length >= 0) & ((length == 0) | ((start >= 0) & (start + length <= frames.shape[0])))
+    rows = frames.shape[0]
+    # Not start + length, which could wrap.
+    inside = (length == 0) | ((length > 0) & (start >= 0) & (start <= rows) & (length <= rows - start.clamp(0, rows)))
     if not bool(inside.all()):
         worst = int(torch.nonzero(~inside)[0])
         raise ValueError(
-            f"start and length must stay inside the {frames.shape[0]} frames, "
+            f"start and length must stay inside the {rows} frames, "
             f"got start {int(start[worst])} and length {int(length[worst])} for clip {worst}"
         )
 

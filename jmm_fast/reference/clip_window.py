@@ -27,6 +27,8 @@ def rotation_matrix(angles: Tensor) -> Tensor:
 def clip_window(frames: Tensor, start: Tensor, length: Tensor, angles: Tensor | None, *, window: int) -> Tensor:
     """The plain twin of ``jmm_fast.ops.clip_window``: ``[F,V,3]`` -> ``[B,window,V,3]``."""
     dtype = torch.promote_types(frames.dtype, torch.float32)
+    if not frames.shape[0]:
+        return frames.new_zeros(len(start), window, *frames.shape[1:])
     # Half-pixel centres: frame i reads at ((2 i + 1) length - window) / (2 window). Integers keep that exact, so every
     # backend reads the same two rows with the same weight, however long the clip.
     step = torch.arange(window, device=frames.device)
