@@ -78,7 +78,6 @@ class _Run:
         rows = []
         for row in self.rows:
             self.done = len(rows)
-            self.say(f"{row.ours.op}: {row.what}, against {row.versus}")
             rows.append(self.row(row))
         return {
             "schema": SCHEMA,
@@ -118,6 +117,7 @@ class _Run:
         reason = self.left_out(row) or self.parity_reason(row)
         figures: dict = {}
         if reason is None:
+            self.say(f"{row.ours.op}: {row.what}, against {row.versus}")
             try:
                 figures = self.times(row) if row.quantity == "time" else self.peaks(row)
             except MemoryOfCaseError as error:

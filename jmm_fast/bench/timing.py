@@ -48,7 +48,7 @@ class Effort:
             than a call.
     """
 
-    seconds: float = 4.0
+    seconds: float = 3.0
     least: int = 3
     most: int = 41
     sample: float = 0.004
