@@ -1,5 +1,9 @@
 """The C++ motion mask against its plain twin, for every instruction set of this machine: the sets must be equal."""
 
+import ctypes
+import mmap
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -40,6 +44,17 @@ def bodies(count=4, frames=120, joints=25, coordinates=3, seed=0):
     generator = torch.Generator().manual_seed(seed)
     still = torch.randn(count, 1, joints, coordinates, generator=generator)
     return still + 0.02 * torch.randn(count, frames, joints, coordinates, generator=generator).cumsum(1)
+
+
+def guarded(x):
+    """A copy of ``x`` whose last byte lies right before a page that nobody may read."""
+    page = mmap.PAGESIZE
+    size = -(-x.nbytes // page) * page
+    region = mmap.mmap(-1, size + page)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(region)) + size
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), page, 0) == 0
+    values = torch.frombuffer(region, dtype=x.dtype, count=size // x.itemsize)
+    return values[-x.numel() :].view(x.shape).copy_(x)
 
 
 def single_probability(clips, variant, tau, t_patch, gate=None):
@@ -208,6 +223,15 @@ def test_nothing_outside_the_inputs_is_read(isa):
             inner.copy_(bodies(3, 40, joints))
             drawn = check(inner, uniform=torch.full((5, 10 * joints), 0.3)[1:-1], mask_ratio=0.5)
             assert drawn.probability.isfinite().all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="protects a page the Linux way")
+def test_nothing_behind_the_last_number_is_read(isa):
+    for joints in (25, 17, 1):
+        clips, uniform = bodies(3, 40, joints), torch.rand(3, 10 * joints)
+        check(guarded(clips), uniform=guarded(uniform), mask_ratio=0.5)
+        check(guarded(clips[:, :1]).expand(-1, 40, -1, -1), mask_ratio=0.5)
+        check(guarded(clips.transpose(2, 3).contiguous()).transpose(2, 3), mask_ratio=0.5)
 
 
 def test_nothing_is_left_from_the_call_before(isa):
