@@ -3,7 +3,8 @@
 A missing tool never fails the install. What was built, with what, and why the rest was not, is printed and written to
 ``jmm_fast/_build.json``, which ``jmm-fast doctor`` shows.
 
-Environment variables: ``CXX`` chooses the compiler; ``JMM_FAST_SKIP_NATIVE=1`` installs the Python part alone.
+Environment variables: ``CXX`` chooses the compiler; ``JMM_FAST_SKIP_NATIVE=1`` installs the Python part alone;
+``JMM_FAST_SANITIZE=1`` builds with AddressSanitizer and UndefinedBehaviorSanitizer (``make sanitize``).
 """
 
 import importlib.metadata
@@ -26,6 +27,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 TARGETS = {"_C": "torch operators", "_host": "numpy-facing readers"}
 RECORD_NAME = "_build.json"
+SANITIZE = os.environ.get("JMM_FAST_SANITIZE", "0") not in ("", "0")
 
 
 def find_tool(name: str) -> str | None:
@@ -141,7 +143,8 @@ class BuildNative(build_ext):
 
     def build_extensions(self):
         reasons = plan()
-        folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+        kind = "-sanitize" if SANITIZE else ""
+        folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{sysconfig.get_platform()}{kind}"
         flags = {}
         wanted = [name for name, reason in reasons.items() if not reason]
         failure = self.configure(folder, wanted)
@@ -174,6 +177,7 @@ class BuildNative(build_ext):
             "CMAKE_CXX_FLAGS": shlex.join(find_compiler()[1:]),
             "PYTHON_INCLUDE_DIR": sysconfig.get_path("include"),
             "JMM_TARGETS": ";".join(wanted),
+            "JMM_SANITIZE": "ON" if SANITIZE else "OFF",
             "TORCH_DIR": package_folder("torch") or "",
             "PYBIND11_INCLUDE_DIR": (package_folder("pybind11") or Path()) / "include",
         }
