@@ -7,8 +7,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <array>
+#include <atomic>
 #include <cstring>
 #include <optional>
+#include <thread>
 #include <tuple>
 #include <vector>
 
@@ -28,7 +30,7 @@ constexpr int64_t kForwardRows = 96;
 constexpr int64_t kBackwardRows = 48;
 // Rows between two rounds of weight gradients: their inputs (10 MB at the released size) should stay in the third
 // cache. Even, and a multiple of kBackwardRows: a word may hold two rows.
-constexpr int64_t kSpan = 1008;
+constexpr int64_t kSpan = 480;
 static_assert(kBackwardRows % 2 == 0 && kSpan % kBackwardRows == 0);
 
 int64_t panel_width(Isa isa) { JMM_DISPATCH(isa, ::jmm_fast::block, panel_width()) }
@@ -141,27 +143,33 @@ void run(Isa isa, const Forward& f, int64_t rows) {
   });
 }
 
-/// Storage behind an Outer, and the gradient at its end.
+/// Storage behind an Outer, twice: one span is filled while the one before it is used. And the gradient at its end.
 struct Gradient {
-  Gradient() = default;
-  Gradient(Isa isa, const Tensor& like, int64_t left, int64_t right, int64_t rows, bool half) {
+  Gradient(Isa isa, const Tensor& like, int64_t left, int64_t right, int64_t rows, bool half)
+      : left_storage(like), right_storage(like), sum_storage(like) {
     const int64_t width = panel_width(isa), span = std::min(kSpan, round_up(rows, 2));
     // One cache line more: see kStride of the kernel.
     const int64_t left_stride = round_up(left, width) + 16, right_stride = round_up(right, width);
+    Outer outer{};
     outer.left_columns = left, outer.right_columns = right, outer.left_stride = left_stride;
     outer.span = half ? span / 2 : span;
     outer.sum_stride = right_stride;
-    left_storage = floats(like, outer.span * left_stride);
-    right_storage = floats(like, outer.span * right_stride);
+    left_storage = floats(like, 2 * outer.span * left_stride);
+    right_storage = floats(like, 2 * outer.span * right_stride);
     sum_storage = floats(like, left * right_stride);
-    outer.left = data(*left_storage), outer.right = data(*right_storage), outer.sum = data(*sum_storage);
+    outer.sum = data(sum_storage);
     std::memset(outer.sum, 0, static_cast<size_t>(left * right_stride) * sizeof(float));
+    for (int64_t i = 0; i < 2; ++i) {
+      outer.left = data(left_storage) + i * outer.span * left_stride;
+      outer.right = data(right_storage) + i * outer.span * right_stride;
+      outers[static_cast<size_t>(i)] = outer;
+    }
   }
   /// The sum, or its transpose.
   Tensor result(bool transposed) const {
+    const Outer& outer = outers[0];
     const int64_t m = outer.left_columns, n = outer.right_columns;
-    Tensor out =
-        transposed ? empty(*sum_storage, ScalarType::Float, n, m) : empty(*sum_storage, ScalarType::Float, m, n);
+    Tensor out = transposed ? empty(sum_storage, ScalarType::Float, n, m) : empty(sum_storage, ScalarType::Float, m, n);
     float* to = data(out);
     constexpr int64_t kTile = 16;
     const int64_t tasks = (n + kTile - 1) / kTile;
@@ -176,46 +184,85 @@ struct Gradient {
     });
     return out;
   }
-  Outer outer{};
-  std::optional<Tensor> left_storage, right_storage, sum_storage;
+  std::array<Outer, 2> outers;
+  Tensor left_storage, right_storage, sum_storage;
 };
 
-/// Runs all rows; returns the sums over rows that pieces report, `count` numbers.
-Tensor run(Isa isa, const Backward& g, const Tensor& like, int64_t rows, int64_t count) {
-  const int64_t pieces = (rows + kBackwardRows - 1) / kBackwardRows;
-  const Tensor partial = floats(like, pieces * count);
-  const int64_t scratch = backward_scratch(isa, g, kBackwardRows);
-  const int64_t width = panel_width(isa);
-  const int64_t panels = (g.outer.right_columns + width - 1) / width;
-  const int64_t panels2 = (g.outer2.right_columns + width - 1) / width;
-  for (int64_t first = 0; first < rows; first += kSpan) {
-    const int64_t span = std::min(kSpan, rows - first);
-    const int64_t tasks = (span + kBackwardRows - 1) / kBackwardRows;
-    run_tasks(tasks, [&](auto next) {
-      float* own = thread_scratch(scratch);
-      for (int64_t task; (task = next()) < tasks;) {
-        const int64_t at = task * kBackwardRows;
-        const int64_t number = (first + at) / kBackwardRows;
-        backward(isa, g, own, {first + at, std::min(kBackwardRows, span - at), at, data(partial) + number * count});
-      }
-    });
-    run_tasks(panels + panels2, [&](auto next) {
-      for (int64_t task; (task = next()) < panels + panels2;) {
-        if (task < panels) {
-          outer(isa, g.outer, g.half, span, task);
-        } else {
-          outer(isa, g.outer2, g.half, span, task - panels);
-        }
-      }
-    });
+void wait_for(const std::atomic<int64_t>& done, int64_t count) {
+  for (int tries = 0; done.load(std::memory_order_acquire) < count; ++tries) {
+    // The thread waited for may want this very core.
+    if (tries > 100) std::this_thread::yield();
   }
+}
+
+/// Runs all rows; returns the sums over rows that pieces report, `count` numbers. `gradient2` is the MLP's second.
+///
+/// Rows go by in spans: pieces of a span leave their inputs of the weights' gradients in its storage, then the products
+/// of the span are added, panel by panel. The pieces of the next span come before these products in the order of tasks,
+/// so that a thread that is held up does not make the others wait for it at once, as a barrier after each part would.
+Tensor run(Isa isa, const Backward& given, const Gradient& gradient, const Gradient* gradient2, const Tensor& like,
+           int64_t rows, int64_t count) {
+  std::array<Backward, 2> both{given, given};
+  for (size_t i = 0; i < 2; ++i) {
+    both[i].outer = gradient.outers[i];
+    if (gradient2 != nullptr) both[i].outer2 = gradient2->outers[i];
+  }
+  const int64_t pieces = (rows + kBackwardRows - 1) / kBackwardRows, spans = (rows + kSpan - 1) / kSpan;
+  constexpr int64_t kPieces = kSpan / kBackwardRows;
+  const Tensor partial = floats(like, pieces * count);
+  const int64_t scratch = backward_scratch(isa, both[0], kBackwardRows);
+  const int64_t width = panel_width(isa);
+  const int64_t panels = (both[0].outer.right_columns + width - 1) / width;
+  const int64_t panels2 = (both[0].outer2.right_columns + width - 1) / width;
+
+  // Stage 2 s: pieces of span s + 1 (stage -1: of span 0). Stage 2 s + 1: products of span s.
+  std::vector<int64_t> ends;
+  std::vector<int64_t> pieces_of;
+  for (int64_t span = 0; span < spans; ++span) pieces_of.push_back(std::min(kPieces, pieces - span * kPieces));
+  int64_t total = 0;
+  for (int64_t span = 0; span < spans; ++span) {
+    ends.push_back(total +=
+                   (span == 0 ? pieces_of[0] : 0) + (span + 1 < spans ? pieces_of[static_cast<size_t>(span) + 1] : 0));
+    ends.push_back(total += panels + panels2);
+  }
+  std::vector<std::atomic<int64_t>> filled(static_cast<size_t>(spans)), used(static_cast<size_t>(spans));
+  run_tasks(total, [&](auto next) {
+    float* own = thread_scratch(scratch);
+    size_t stage = 0;
+    for (int64_t task; (task = next()) < total;) {
+      while (task >= ends[stage]) ++stage;
+      const int64_t item = task - (stage == 0 ? 0 : ends[stage - 1]);
+      if (stage % 2 == 1) {
+        const size_t span = stage / 2;
+        const Backward& g = both[span % 2];
+        wait_for(filled[span], pieces_of[span]);
+        if (span > 0) wait_for(used[span - 1], panels + panels2);
+        const int64_t of_span = std::min(kSpan, rows - static_cast<int64_t>(span) * kSpan);
+        if (item < panels) {
+          outer(isa, g.outer, g.half, of_span, item);
+        } else {
+          outer(isa, g.outer2, g.half, of_span, item - panels);
+        }
+        used[span].fetch_add(1, std::memory_order_release);
+      } else {
+        const int64_t number = stage == 0 ? item : static_cast<int64_t>(stage / 2 + 1) * kPieces + item;
+        const auto span = static_cast<size_t>(number / kPieces);
+        if (span >= 2) wait_for(used[span - 2], panels + panels2);
+        const int64_t begin = number * kBackwardRows;
+        backward(isa, both[span % 2], own,
+                 {begin, std::min(kBackwardRows, rows - begin), begin % kSpan, data(partial) + number * count});
+        filled[span].fetch_add(1, std::memory_order_release);
+      }
+    }
+  });
+
   const Tensor sums = floats(like, count);
-  std::vector<double> total(static_cast<size_t>(count));
+  std::vector<double> sum(static_cast<size_t>(count));
   for (int64_t piece = 0; piece < pieces; ++piece) {
     const float* from = data(partial) + piece * count;
-    for (int64_t i = 0; i < count; ++i) total[static_cast<size_t>(i)] += from[i];
+    for (int64_t i = 0; i < count; ++i) sum[static_cast<size_t>(i)] += from[i];
   }
-  for (int64_t i = 0; i < count; ++i) data(sums)[i] = static_cast<float>(total[static_cast<size_t>(i)]);
+  for (int64_t i = 0; i < count; ++i) data(sums)[i] = static_cast<float>(sum[static_cast<size_t>(i)]);
   return sums;
 }
 
@@ -269,9 +316,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_linear_backward(
   Tensor dx = empty_rows(x, width, ScalarType::Float);
   Backward g{};
   g.grad[0] = q.matrix, g.grad[1] = k.matrix, g.grad[2] = v.matrix, g.base = added.matrix, g.x = from.matrix;
-  g.dx = {dx.data_ptr(), width, false}, g.norm = norm.norm, g.first = first.packed, g.outer = gradient.outer;
-  g.half = pairs;
-  const Tensor sums = run(isa, g, x, rows, 2 * width + out);
+  g.dx = {dx.data_ptr(), width, false}, g.norm = norm.norm, g.first = first.packed, g.half = pairs;
+  const Tensor sums = run(isa, g, gradient, nullptr, x, rows, 2 * width + out);
   return {dx, part(sums, 0, width), part(sums, width, width), gradient.result(true), part(sums, 2 * width, out)};
 }
 
@@ -300,8 +346,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_add_backward(const Tensor& grad, const
   Tensor dx = empty_rows(x, width, type(half));
   Backward g{};
   g.grad[0] = given.matrix, g.x = from.matrix, g.dx = {dx.data_ptr(), width, half}, g.first = first.packed;
-  g.outer = gradient.outer, g.half = pairs;
-  const Tensor sums = run(isa, g, x, rows, out);
+  g.half = pairs;
+  const Tensor sums = run(isa, g, gradient, nullptr, x, rows, out);
   return {dx, gradient.result(false), sums};
 }
 
@@ -343,8 +389,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_mlp_back
   g.grad[0] = given.matrix, g.x = from.matrix, g.dx = {dx.data_ptr(), width, false}, g.norm = norm.norm;
   if (add) g.base = given.matrix;
   g.again = again.packed, g.second = second.packed, g.first = first.packed;
-  g.outer = gradient1.outer, g.outer2 = gradient2.outer, g.half = pairs;
-  const Tensor sums = run(isa, g, x, rows, 2 * width + hidden + out);
+  g.half = pairs;
+  const Tensor sums = run(isa, g, gradient1, &gradient2, x, rows, 2 * width + hidden + out);
   return {dx,
           part(sums, 0, width),
           part(sums, width, width),
