@@ -1,10 +1,19 @@
 """Shared fixtures: where golden arrays and real data lie, if they lie anywhere."""
 
+import hashlib
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+
+# torch's cache of compiled graphs does not know when the outputs of our operators change: a graph made before such a
+# change would come back and fail. So the cache of the tests has the name of the code they test.
+_code = hashlib.sha256()
+for _path in sorted(Path(__file__).parents[1].glob("jmm_fast/ops/*.py")):
+    _code.update(_path.read_bytes())
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(tempfile.gettempdir(), f"jmm-fast-tests-{_code.hexdigest()[:12]}"))
 
 SHARED = Path(os.environ.get("JMM_FAST_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 

@@ -107,12 +107,13 @@ std::tuple<Tensor, Tensor> run_forward(const Tensor& q, const Tensor& k, const T
   const Inputs inputs = check(q, k, v, table, joints, multiply, scale);
   const Problem& p = inputs.problem;
   Tensor out = token_major(q);
-  const std::array<int64_t, 3> sizes{p.bodies, p.heads, p.tokens};
-  Tensor lse = torch::stable::new_empty(q, {sizes.data(), sizes.size()}, ScalarType::Float);
+  const std::array<int64_t, 4> sizes{2, p.bodies, p.heads, p.tokens};
+  Tensor statistics = torch::stable::new_empty(q, {sizes.data(), sizes.size()}, ScalarType::Float);
   const int64_t pairs = p.bodies * p.heads;
-  if (pairs == 0 || p.tokens == 0) return {out, lse};
+  if (pairs == 0 || p.tokens == 0) return {out, statistics};
 
-  const Forward f{view(out), static_cast<float*>(lse.data_ptr())};
+  float* shift = static_cast<float*>(statistics.data_ptr());
+  const Forward f{view(out), {shift, shift + pairs * p.tokens}};
   const int64_t wanted = (kForwardTasks + pairs - 1) / pairs;
   const int64_t parts = std::max<int64_t>(1, std::min(wanted, p.tokens / kLeastQueries));
   const int64_t queries = (p.tokens + parts - 1) / parts;
@@ -126,21 +127,23 @@ std::tuple<Tensor, Tensor> run_forward(const Tensor& q, const Tensor& k, const T
       forward(isa, p, f, worker, pair % p.bodies, pair / p.bodies, begin, std::min(begin + queries, p.tokens));
     }
   });
-  return {out, lse};
+  return {out, statistics};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k,
                                                         const Tensor& v, std::optional<Tensor> table,
                                                         std::optional<Tensor> joints, const Tensor& out,
-                                                        const Tensor& lse_in, bool multiply, double scale) {
+                                                        const Tensor& statistics_in, bool multiply, double scale) {
   const Inputs inputs = check(q, k, v, table, joints, multiply, scale);
   const Problem& p = inputs.problem;
   check_like("grad_out", grad_out, q);
   check_like("out", out, q);
-  STD_TORCH_CHECK(lse_in.is_cpu() && lse_in.dim() == 3 && lse_in.scalar_type() == ScalarType::Float &&
-                      lse_in.size(0) == p.bodies && lse_in.size(1) == p.heads && lse_in.size(2) == p.tokens,
-                  "lse must be a float32 CPU tensor [B,H,N]");
-  const Tensor lse = torch::stable::contiguous(lse_in);
+  STD_TORCH_CHECK(statistics_in.is_cpu() && statistics_in.dim() == 4 &&
+                      statistics_in.scalar_type() == ScalarType::Float && statistics_in.size(0) == 2 &&
+                      statistics_in.size(1) == p.bodies && statistics_in.size(2) == p.heads &&
+                      statistics_in.size(3) == p.tokens,
+                  "statistics must be a float32 CPU tensor [2,B,H,N]");
+  const Tensor statistics = torch::stable::contiguous(statistics_in);
   Tensor dq = token_major(q), dk = token_major(q), dv = token_major(q);
   const int64_t entries = p.table != nullptr ? p.joints * p.joints : 0;
   const std::array<int64_t, 3> table_sizes{p.heads, p.joints, p.joints};
@@ -152,7 +155,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& grad_out, 
   const bool empty = p.bodies == 0 || p.heads == 0 || p.tokens == 0;
   const int64_t parts = empty ? 0 : (p.table != nullptr ? std::min(p.bodies, kTableParts) : p.bodies);
   std::vector<double> partial(static_cast<size_t>(p.heads * parts * entries));
-  const Backward g{view(grad_out), view(out), view(dq), view(dk), view(dv), static_cast<const float*>(lse.data_ptr())};
+  const float* shift = static_cast<const float*>(statistics.data_ptr());
+  const Backward g{view(grad_out), view(out), view(dq),
+                   view(dk),       view(dv),  {shift, shift + p.bodies * p.heads * p.tokens}};
   const Isa isa = active_isa();
   const int64_t scratch = empty ? 0 : backward_scratch(isa, p);
   run_tasks(p.heads * parts, [&](auto next) {

@@ -1,16 +1,24 @@
 // Attention with a joint-pair term, one (body, head) at a time. Compiled once per instruction set (JMM_ISA).
 //
-// Scores are made in blocks of kQueries x kKeys that stay in the caches; a running maximum and sum join the key blocks,
-// so no buffer grows with N^2. The table row of a query's joint is expanded over all keys once per head (once per body
-// and head when joints differ between bodies), after which the term costs one vector load per score vector. The
-// table's gradient is summed the same way, in rows over keys, and folded into joints at the end.
+// Scores are made in tiles that stay in registers and turn into weights there; blocks of kQueries x kKeys weights stay
+// in the caches, so no buffer grows with N^2. The table row of a query's joint is expanded over all keys once per head
+// (once per body and head when joints differ between bodies), after which the term costs one vector load per score
+// vector. The table's gradient is summed the same way, in rows over keys, and folded into joints at the end.
+//
+// A weight needs a number near its row's largest score before that is known. |q_i| max_j |k_j| bounds the products, the
+// table row its term; where the bound is so far above the row that weights would drown, the block is done again with
+// the true maximum.
+//
+// Operands are packed into 32-bit words: a float32 each, or where the processor multiplies bfloat16, two bfloat16 that
+// follow each other in the direction of the sum. One word of A times a vector of words of B is one instruction in both
+// cases, so both share all that follows.
 //
 // Everything here has internal linkage or lives in the namespace of the instruction set, and no standard template is
 // instantiated: the linker would keep one copy of it, perhaps one this processor cannot run.
 
 #include "topology_attention/cpu_kernel.h"
 
-#include "vec.h"
+#include "bfloat16.h"
 
 namespace jmm_fast::topology_attention::JMM_ISA {
 
@@ -28,79 +36,219 @@ constexpr int kScoreRows = 4, kScoreVectors = 2, kWideRows = 4, kNarrowRows = 8;
 constexpr int kScoreTile = kScoreVectors * kLanes;
 constexpr int kQueries = 48;
 constexpr int kKeys = 384;
-// One cache line more than a power of two times something: rows of a block must not share cache sets.
+constexpr int kWidth = 128;
+// An odd number of cache lines: rows of a block must not share cache sets.
 constexpr int kRow = kKeys + 16;
+constexpr int kQueryRow = kWidth + 16;
+/// Degree of the polynomial in exp2: weights that are rounded to bfloat16 need no better one.
+constexpr int kFloatTerms = 5, kHalfTerms = 3;
+/// Below this sum the weights of a row are taken again from its true maximum: 2^-126 is then 2^-86 of the sum at most.
+constexpr float kLeastTotal = 9.094947e-13f;  // 2^-40
 
-// ---- Reading and writing tensors of any strides --------------------------------------------------------------------
+// ---- Words ---------------------------------------------------------------------------------------------------------
 
-inline float element(const View& view, bool bfloat16, int64_t offset) {
-  if (!bfloat16) return static_cast<const float*>(view.data)[offset];
-  const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(view.data)[offset]) << 16;
-  return __builtin_bit_cast(float, bits);
+template <bool kPairs>
+constexpr int64_t words(int64_t elements) {
+  return kPairs ? (elements + 1) / 2 : elements;
+}
+
+template <bool kPairs>
+[[gnu::always_inline]] inline void multiply_add(Vec& sum, Vec a, Vec b) {
+#if defined(JMM_ISA_avx512bf16)
+  if constexpr (kPairs) {
+    sum = _mm512_dpbf16_ps(sum, reinterpret_cast<const __m512bh&>(a), reinterpret_cast<const __m512bh&>(b));
+    return;
+  }
+#endif
+  sum += a * b;
+}
+
+/// A word in all lanes; as an integer, for two bfloat16 may look like a signalling NaN.
+[[gnu::always_inline]] inline Vec splat_word(const float* word) {
+  const IntVec all = *reinterpret_cast<const IntWord*>(word) - IntVec{};
+  return reinterpret_cast<const Vec&>(all);
 }
 
 inline int64_t start(const View& view, int64_t body, int64_t head) { return body * view.body + head * view.head; }
 
-/// Rows [begin, end) to `to[i * stride + d]`, zeros up to `padded` channels.
-void pack_rows(const View& view, bool bfloat16, int64_t base, int64_t begin, int64_t end, int64_t width, int64_t padded,
-               float* __restrict to, int64_t stride) {
-  for (int64_t i = begin; i < end; ++i, to += stride) {
-    const int64_t row = base + i * view.token;
-    if (!bfloat16 && view.channel == 1) {
-      const float* from = static_cast<const float*>(view.data) + row;
-      for (int64_t d = 0; d < width; ++d) to[d] = from[d];
+/// Copies `bytes`; rows are short, and a call for each would cost as much as the copy.
+inline void copy(void* to, const void* from, int64_t bytes) {
+  char* out = static_cast<char*>(to);
+  const char* in = static_cast<const char*>(from);
+  int64_t done = 0;
+  for (; done + int64_t{sizeof(Vec)} <= bytes; done += sizeof(Vec))
+    __builtin_memcpy(out + done, in + done, sizeof(Vec));
+  for (; done < bytes; done += 2) __builtin_memcpy(out + done, in + done, 2);
+}
+
+/// Elements of row `i` to `to`, zeros up to `padded` of them: floats, or bfloat16 where kPairs.
+template <bool kPairs>
+inline void pack_row(const View& view, bool bfloat16, int64_t base, int64_t i, int64_t width, int64_t padded,
+                     float* to) {
+  const int64_t row = base + i * view.token, step = view.channel;
+  if (kPairs || bfloat16) {
+    const uint16_t* from = static_cast<const uint16_t*>(view.data) + row;
+    if constexpr (!kPairs) {
+      for (int64_t d = 0; d < width; ++d) to[d] = as_float(from[d * step]);
+    } else if (step == 1) {
+      copy(to, from, width * 2);
     } else {
-      for (int64_t d = 0; d < width; ++d) to[d] = element(view, bfloat16, row + d * view.channel);
+      for (int64_t d = 0; d < width; ++d) reinterpret_cast<Half*>(to)[d] = from[d * step];
     }
-    for (int64_t d = width; d < padded; ++d) to[d] = 0.0f;
+  } else {
+    const float* from = static_cast<const float*>(view.data) + row;
+    if (step == 1) {
+      copy(to, from, width * 4);
+    } else {
+      for (int64_t d = 0; d < width; ++d) to[d] = from[d * step];
+    }
+  }
+  for (int64_t d = width; d < padded; ++d) {
+    if constexpr (kPairs) {
+      reinterpret_cast<Half*>(to)[d] = 0;
+    } else {
+      to[d] = 0.0f;
+    }
   }
 }
 
-/// `from[i * from_stride + d]` to `to[d * to_stride + i]`, zeros up to `padded` columns.
-void transpose(const float* __restrict from, int64_t from_stride, int64_t rows, int64_t width, int64_t padded,
-               float* __restrict to, int64_t to_stride) {
-  for (int64_t i = 0; i < rows; i += kLanes) {
-    const int64_t n = smaller(kLanes, rows - i);
-    for (int64_t d = 0; d < width; ++d) {
-      if (n == kLanes) {
-        for (int l = 0; l < kLanes; ++l) to[d * to_stride + i + l] = from[(i + l) * from_stride + d];
+/// Rows [begin, end) one after another, `stride` words apart.
+template <bool kPairs>
+void pack_rows(const View& view, bool bfloat16, int64_t base, int64_t begin, int64_t end, int64_t width, int64_t padded,
+               float* to, int64_t stride) {
+  for (int64_t i = begin; i < end; ++i, to += stride) {
+    pack_row<kPairs>(view, bfloat16, base, i, width, padded, to);
+  }
+}
+
+/// Two rows of bfloat16 as one row of words, each with the element of the first in its lower half.
+inline void interleave(const float* first, const float* second, int64_t elements, float* to) {
+  const Half* __restrict a = reinterpret_cast<const Half*>(first), * __restrict b =
+                                                                       reinterpret_cast<const Half*>(second);
+  IntWord* __restrict out = reinterpret_cast<IntWord*>(to);
+  for (int64_t d = 0; d < elements; ++d) {
+    out[d] = static_cast<int32_t>(static_cast<uint32_t>(a[d]) | static_cast<uint32_t>(b[d]) << 16);
+  }
+}
+
+/// Rows [begin, end) as the right side of a product that sums over rows: as they are, or rows in pairs.
+template <bool kPairs>
+void pack_summed_rows(const View& view, bool bfloat16, int64_t base, int64_t begin, int64_t end, int64_t width,
+                      int64_t padded, float* to) {
+  if constexpr (!kPairs) {
+    pack_rows<false>(view, bfloat16, base, begin, end, width, padded, to, padded);
+  } else {
+    alignas(64) float two[2][kWidth / 2];
+    for (int64_t i = begin; i < end; i += 2, to += padded) {
+      pack_row<true>(view, true, base, i, width, padded, two[0]);
+      if (i + 1 < end) {
+        pack_row<true>(view, true, base, i + 1, width, padded, two[1]);
       } else {
-        for (int64_t l = 0; l < n; ++l) to[d * to_stride + i + l] = from[(i + l) * from_stride + d];
+        for (int64_t d = 0; d < padded / 2; ++d) two[1][d] = 0.0f;
       }
+      interleave(two[0], two[1], padded, to);
     }
   }
-  for (int64_t d = 0; d < width; ++d) {
-    for (int64_t i = rows; i < padded; ++i) to[d * to_stride + i] = 0.0f;
+}
+
+#if JMM_LANES == 16
+/// Square of words, in place of rows its columns.
+[[gnu::always_inline]] inline void transpose_square(__m512 (&x)[16]) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  // Each round shuffles row i with row i + 8, as a deck of cards; after four rounds every card is in its column.
+  #pragma GCC unroll 4
+  for (int round = 0; round < 4; ++round) {
+    __m512 y[16];
+  #pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      y[2 * i] = _mm512_permutex2var_ps(x[i], low, x[i + 8]);
+      y[2 * i + 1] = _mm512_permutex2var_ps(x[i], high, x[i + 8]);
+    }
+  #pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) x[i] = y[i];
   }
+}
+#endif
+
+/// `to[d * stride + i]` = word d of row i, for kLanes rows, which are kFrom words apart.
+template <int kFrom>
+inline void transpose(const float* __restrict from, int64_t depth, float* __restrict to, int64_t stride) {
+#if JMM_LANES == 16
+  for (int64_t d = 0; d < depth; d += 16) {
+    __m512 x[16];
+  #pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_ps(from + i * kFrom + d);
+    transpose_square(x);
+    const int64_t n = smaller(16, depth - d);
+    for (int64_t i = 0; i < n; ++i) _mm512_storeu_ps(to + (d + i) * stride, x[i]);
+  }
+#else
+  for (int64_t d = 0; d < depth; ++d) {
+    for (int64_t i = 0; i < kLanes; ++i) to[d * stride + i] = from[i * kFrom + d];
+  }
+#endif
+}
+
+/// All rows, transposed: `to[d * stride + i]`, zeros for the rows that fill the last vector.
+template <bool kPairs>
+void pack_across(const View& view, bool bfloat16, int64_t base, int64_t count, int64_t width, float* to,
+                 int64_t stride) {
+  alignas(64) float rows[kLanes * kWidth];
+  const int64_t depth = words<kPairs>(width), padded = round_up(width, 32);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int64_t n = smaller(kLanes, count - i);
+    pack_rows<kPairs>(view, bfloat16, base, i, i + n, width, padded, rows, kWidth);
+    for (int64_t r = n; r < kLanes; ++r) {
+      for (int64_t d = 0; d < words<kPairs>(padded); ++d) rows[r * kWidth + d] = 0.0f;
+    }
+    transpose<kWidth>(rows, depth, to + i, stride);
+  }
+}
+
+#if defined(JMM_ISA_avx512bf16)
+/// Vector of bfloat16 in the order of the floats.
+[[gnu::always_inline]] inline void store_halves(Half* to, Vec x) {
+  const __m256bh halves = _mm512_cvtneps_pbh(x);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<const __m256i&>(halves));
+}
+
+/// Vector of words with the elements of two rows.
+[[gnu::always_inline]] inline void store_pairs(float* to, Vec first, Vec second) {
+  const __m512bh both = _mm512_cvtne2ps_pbh(second, first);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, reinterpret_cast<const __m512i&>(both)));
+}
+#endif
+
+template <typename T>
+inline void write_row(T* to, int64_t step, int64_t width, const float* __restrict from, float factor) {
+  int64_t d = 0;
+  if (step == 1) {
+    for (; d + kLanes <= width; d += kLanes) store_any(to + d, load(from + d) * factor);
+  }
+  for (; d < width; ++d) store_any(to + d * step, from[d] * factor);
 }
 
 /// One row, times `factor`.
-void write_row(const View& view, bool bfloat16, int64_t base, int64_t i, int64_t width, const float* __restrict from,
-               float factor) {
+inline void write_row(const View& view, bool bfloat16, int64_t base, int64_t i, int64_t width, const float* from,
+                      float factor) {
   const int64_t row = base + i * view.token;
-  if (!bfloat16) {
-    float* to = static_cast<float*>(view.data) + row;
-    for (int64_t d = 0; d < width; ++d) to[d * view.channel] = from[d] * factor;
-    return;
-  }
-  uint16_t* to = static_cast<uint16_t*>(view.data) + row;
-  for (int64_t d = 0; d < width; ++d) {
-    const float value = from[d] * factor;
-    const uint32_t bits = __builtin_bit_cast(uint32_t, value);
-    // Round to nearest even; a NaN must not round up to infinity.
-    to[d * view.channel] = value != value ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+  if (bfloat16) {
+    write_row(static_cast<uint16_t*>(view.data) + row, view.channel, width, from, factor);
+  } else {
+    write_row(static_cast<float*>(view.data) + row, view.channel, width, from, factor);
   }
 }
 
-// ---- Small matrix products
-// -------------------------------------------------------------------------------------------
+// ---- Small matrix products -----------------------------------------------------------------------------------------
 
-/// acc[r][c] = sum over t < depth of a[r * kARow + t * kADepth] * b[t * b_stride + c * lanes]. The strides of A are
-/// constants, so that its rows need no pointers of their own.
-template <int kRows, int kVectors, int kARow, int kADepth, typename Epilogue>
-[[gnu::always_inline]] inline void tile(const float* __restrict a, const float* __restrict b, int64_t b_stride,
-                                        int64_t depth, Epilogue&& epilogue) {
-  Vec acc[kRows][kVectors];
+/// acc[r][c] = sum over t < depth of a[r * kARow + t * kADepth] * b[t * b_stride + c * lanes], in words. The strides of
+/// A are constants, so that its rows need no pointers of their own.
+template <bool kPairs, int kRows, int kVectors, int kARow, int kADepth>
+[[gnu::always_inline]] inline void product(const float* __restrict a, const float* __restrict b, int64_t b_stride,
+                                           int64_t depth, Vec (&acc)[kRows][kVectors]) {
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
@@ -112,38 +260,27 @@ template <int kRows, int kVectors, int kARow, int kADepth, typename Epilogue>
     for (int c = 0; c < kVectors; ++c) row[c] = load(b + c * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const Vec x = splat(a[r * kARow]);
 #pragma GCC unroll 4
-      for (int c = 0; c < kVectors; ++c) acc[r][c] += x * row[c];
+      for (int c = 0; c < kVectors; ++c) multiply_add<kPairs>(acc[r][c], splat_word(a + r * kARow), row[c]);
     }
     a += kADepth;
     b += b_stride;
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int c = 0; c < kVectors; ++c) epilogue(r, c, acc[r][c]);
-  }
 }
 
-/// Scores of `rows` packed queries (`a[d * kQueries + i]`) against `keys` columns of `b[d * b_stride + j]`; the
-/// epilogue gets (row, column, vector). Columns outside, rows inside: a tile of B stays in the first cache.
-template <typename Epilogue>
-void scores(const float* a, int64_t rows, const float* b, int64_t b_stride, int64_t keys, int64_t depth,
-            Epilogue&& epilogue) {
+/// Calls `f.operator()<rows, vectors>(i, j)` for the tiles of an even number of rows and whole vectors of keys. Columns
+/// outside, rows inside: a tile of B stays in the first cache.
+template <typename F>
+[[gnu::always_inline]] inline void for_score_tiles(int64_t rows, int64_t keys, F&& f) {
   int64_t j = 0;
   auto sweep = [&]<int kVectors>() __attribute__((always_inline)) {
     int64_t i = 0;
-    auto row_tile = [&]<int kRows>() __attribute__((always_inline)) {
-      tile<kRows, kVectors, 1, kQueries>(a + i, b + j, b_stride, depth,
-                                         [&](int r, int c, Vec x)
-                                             __attribute__((always_inline)) { epilogue(i + r, j + c * kLanes, x); });
-      i += kRows;
-    };
-    while (i + kScoreRows <= rows) row_tile.template operator()<kScoreRows>();
-    if (kScoreRows > 4 && i + 4 <= rows) row_tile.template operator()<4>();
-    if (i + 2 <= rows) row_tile.template operator()<2>();
-    if (i < rows) row_tile.template operator()<1>();
+    for (; i + kScoreRows <= rows; i += kScoreRows) f.template operator()<kScoreRows, kVectors>(i, j);
+    if (kScoreRows > 4 && i + 4 <= rows) {
+      f.template operator()<4, kVectors>(i, j);
+      i += 4;
+    }
+    if (i < rows) f.template operator()<2, kVectors>(i, j);
     j += kVectors * kLanes;
   };
   while (j + kScoreTile <= keys) sweep.template operator()<kScoreVectors>();
@@ -151,19 +288,25 @@ void scores(const float* a, int64_t rows, const float* b, int64_t b_stride, int6
   if (j < keys) sweep.template operator()<1>();
 }
 
-/// c[i * width + d] (+)= sum over t < depth of a[i * kARow + t * kADepth] * b[t * width + d]; width is whole vectors.
-template <int kARow, int kADepth>
-void accumulate(const float* a, int64_t rows, const float* b, int64_t width, int64_t depth, float* c, bool add) {
+/// c[i * width + d] (+)= sum over t < depth of a[i * kARow + t * kADepth] * b[t * b_stride + d]; width is whole
+/// vectors.
+template <bool kPairs, int kARow, int kADepth>
+void accumulate(const float* a, int64_t rows, const float* b, int64_t b_stride, int64_t width, int64_t depth, float* c,
+                bool add) {
   int64_t d = 0;
   auto sweep = [&]<int kVectors, int kMost>() __attribute__((always_inline)) {
     int64_t i = 0;
     auto row_tile = [&]<int kRows>() __attribute__((always_inline)) {
-      float* to = c + i * width + d;
-      tile<kRows, kVectors, kARow, kADepth>(a + i * kARow, b + d, width, depth,
-                                            [&](int r, int v, Vec x) __attribute__((always_inline)) {
-                                              float* at = to + r * width + v * kLanes;
-                                              store(at, add ? load(at) + x : x);
-                                            });
+      Vec acc[kRows][kVectors];
+      product<kPairs, kRows, kVectors, kARow, kADepth>(a + i * kARow, b + d, b_stride, depth, acc);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+          float* at = c + (i + r) * width + d + v * kLanes;
+          store(at, add ? load(at) + acc[r][v] : acc[r][v]);
+        }
+      }
       i += kRows;
     };
     while (i + kMost <= rows) row_tile.template operator()<kMost>();
@@ -177,8 +320,7 @@ void accumulate(const float* a, int64_t rows, const float* b, int64_t width, int
   if (d < width) sweep.template operator()<1, kNarrowRows>();
 }
 
-// ---- The joint-pair term
-// ---------------------------------------------------------------------------------------------
+// ---- The joint-pair term -------------------------------------------------------------------------------------------
 
 class Arena {
  public:
@@ -209,13 +351,14 @@ struct Shape {
   }
   int64_t padded_keys, key_stride, padded_width, term_rows, key_block;
 };
-static_assert(kKeys % kScoreTile == 0);
+static_assert(kKeys % kScoreTile == 0 && kScoreTile % 2 == 0);
 
-/// The table of one head expanded over keys. A score is `x * factor + term` (add) or `x * term + mask`
+/// The table of one head expanded over keys. A score times log2(e) is `x * factor + term` (add) or `x * term + mask`
 /// (multiply), x being q.k; columns past the last key are -infinity.
 struct Term {
   float* rows;       // [term_rows, key_stride]
   float* mask;       // [key_stride], 0 and -infinity
+  float* peak;       // [term_rows]: the largest term of a row (add), the largest absolute factor of q.k (multiply)
   int32_t* columns;  // [tokens]: the joint of each key
   float factor;
 };
@@ -224,272 +367,475 @@ Term take_term(const Shape& shape, Arena& arena) {
   Term term;
   term.rows = arena.take(shape.term_rows * shape.key_stride);
   term.mask = arena.take(shape.key_stride);
+  term.peak = arena.take(shape.term_rows);
   term.columns = reinterpret_cast<int32_t*>(arena.take(shape.key_stride));
   return term;
 }
 
+/// `to[j] = from[column[j]]` for whole vectors of columns.
+inline void look_up(const float* from, [[maybe_unused]] int64_t entries, const int32_t* columns, int64_t count,
+                    float* to) {
+#if JMM_LANES == 16
+  if (entries <= 32) {
+    const __mmask16 lower = static_cast<__mmask16>(entries >= 16 ? 0xffff : (1u << entries) - 1);
+    const __mmask16 upper = static_cast<__mmask16>(entries >= 32  ? 0xffff
+                                                   : entries > 16 ? (1u << (entries - 16)) - 1
+                                                                  : 0);
+    const __m512 low = _mm512_maskz_loadu_ps(lower, from), high = _mm512_maskz_loadu_ps(upper, from + 16);
+    for (int64_t j = 0; j < count; j += 16) {
+      _mm512_storeu_ps(to + j, _mm512_permutex2var_ps(low, _mm512_loadu_si512(columns + j), high));
+    }
+    return;
+  }
+#endif
+  for (int64_t j = 0; j < count; ++j) to[j] = from[columns[j]];
+}
+
 void expand(const Problem& p, const Shape& shape, Worker& worker, int64_t body, int64_t head, Term& term) {
-  term.factor = p.scale;
+  const bool multiply = p.multiply && p.table != nullptr;
+  // The weight of a single key is 1 whatever its score, and exactly so.
+  const float unit = p.tokens > 1 ? kLog2E : 0.0f;
+  term.factor = p.scale * unit;
   if (worker.term_head == head) return;
   for (int64_t j = 0; j < shape.key_stride; ++j) term.mask[j] = j < p.tokens ? 0.0f : -kInfinity;
-  const float past = p.multiply && p.table != nullptr ? 0.0f : -kInfinity;
   if (p.table == nullptr) {
     for (int64_t j = 0; j < shape.key_stride; ++j) term.rows[j] = term.mask[j];
+    term.peak[0] = 0.0f;
   } else {
     const int64_t* joint = p.joint + body * p.joint_body;
     for (int64_t j = 0; j < p.tokens; ++j) term.columns[j] = static_cast<int32_t>(joint[j * p.joint_token]);
-    const float factor = p.multiply ? p.scale : 1.0f;
+    for (int64_t j = p.tokens; j < shape.padded_keys; ++j) term.columns[j] = 0;
+    const float factor = multiply ? term.factor : unit;
+    const float past = multiply ? 0.0f : -kInfinity;
     const float* table = p.table + head * p.joints * p.joints;
     for (int64_t v = 0; v < p.joints; ++v, table += p.joints) {
       float* __restrict row = term.rows + v * shape.key_stride;
-      const int32_t* __restrict columns = term.columns;
-      for (int64_t j = 0; j < p.tokens; ++j) row[j] = table[columns[j]] * factor;
+      look_up(table, p.joints, term.columns, shape.padded_keys, row);
+      Vec largest = splat(-kInfinity);
+      for (int64_t j = 0; j < shape.padded_keys; j += kLanes) {
+        const Vec x = load(row + j) * factor;
+        store(row + j, x);
+        // Past the last key stands the term of joint 0, which may be the largest: the bound is a little looser.
+        largest = larger(multiply ? larger(x, -x) : x, largest);
+      }
       for (int64_t j = p.tokens; j < shape.key_stride; ++j) row[j] = past;
+      term.peak[v] = max_lanes(largest);
     }
   }
   // Bodies that share their joints share the expansion: the next body of this head finds it done.
   worker.term_head = p.joint_body == 0 ? head : -1;
 }
 
-/// The term's row for each query of a block.
-void find_rows(const Problem& p, const Shape& shape, const Term& term, int64_t begin, int64_t rows, int64_t* offset) {
-  for (int64_t i = 0; i < rows; ++i) {
-    offset[i] = p.table != nullptr ? term.columns[begin + i] * shape.key_stride : 0;
-  }
-}
-
-// ---- Forward
-// -----------------------------------------------------------------------------------------------------------
-
-struct ForwardScratch {
-  ForwardScratch(const Problem& p, const Shape& shape, float* base) : arena(base) {
-    term = take_term(shape, arena);
-    keys = arena.take(p.width * shape.key_stride);
-    values = arena.take((p.tokens + 1) * shape.padded_width);
-    rows = arena.take(p.tokens * shape.padded_width);
-    queries = arena.take(p.width * kQueries);
-    block = arena.take(kQueries * kRow);
-    sums = arena.take(kQueries * shape.padded_width);
-  }
-  Arena arena;
-  Term term;
-  float *keys, *values, *rows, *queries, *block, *sums;
+/// The queries of a block; one more of zeros where their number is odd.
+struct Block {
+  int64_t begin, rows, even;  // first query, their number, and that rounded up to even
+  int64_t offset[kQueries];   // of the term's row for each query
+  float shift[kQueries];      // 2^(score * log2(e) - shift) is the weight, up to the row's sum
 };
 
-/// Scores of a block, with each row's maximum.
-template <bool kMultiply>
-void score_block(const Shape& shape, const ForwardScratch& s, const int64_t* offset, int64_t rows, int64_t width,
-                 int64_t key, int64_t keys, Vec* largest) {
-  const Vec factor = splat(s.term.factor);
-  const float *term = s.term.rows + key, *mask = s.term.mask + key;
-  float* block = s.block;
-  scores(s.queries, rows, s.keys + key, shape.key_stride, keys, width,
-         [=](int64_t i, int64_t j, Vec x) __attribute__((always_inline)) {
-           const Vec at = load(term + offset[i] + j);
-           const Vec y = kMultiply ? x * at + load(mask + j) : x * factor + at;
-           largest[i] = larger(y, largest[i]);
-           store(block + i * kRow + j, y);
-         });
-}
-
-}  // namespace
-
-int64_t forward_scratch(const Problem& p) { return ForwardScratch(p, Shape(p), nullptr).arena.used(); }
-
-void forward(const Problem& p, const Forward& f, Worker& worker, int64_t body, int64_t head, int64_t begin,
-             int64_t end) {
-  const Shape shape(p);
-  ForwardScratch s(p, shape, worker.scratch);
-  expand(p, shape, worker, body, head, s.term);
-  const int64_t out_width = shape.padded_width;
-  pack_rows(p.k, p.bfloat16, start(p.k, body, head), 0, p.tokens, p.width, p.width, s.rows, p.width);
-  transpose(s.rows, p.width, p.tokens, p.width, shape.key_stride, s.keys, shape.key_stride);
-  pack_rows(p.v, p.bfloat16, start(p.v, body, head), 0, p.tokens, p.width, out_width, s.values, out_width);
-  const bool multiply = p.multiply && p.table != nullptr;
-
-  for (int64_t i0 = begin; i0 < end; i0 += kQueries) {
-    const int64_t rows = smaller(kQueries, end - i0);
-    int64_t offset[kQueries];
-    find_rows(p, shape, s.term, i0, rows, offset);
-    pack_rows(p.q, p.bfloat16, start(p.q, body, head), i0, i0 + rows, p.width, p.width, s.rows, p.width);
-    transpose(s.rows, p.width, rows, p.width, rows, s.queries, kQueries);
-    float peak[kQueries], total[kQueries];
-    for (int64_t i = 0; i < rows; ++i) peak[i] = -kInfinity, total[i] = 0.0f;
-
-    for (int64_t key = 0; key < p.tokens; key += shape.key_block) {
-      const int64_t keys = smaller(shape.key_block, shape.padded_keys - key);
-      Vec largest[kQueries];
-      for (int64_t i = 0; i < rows; ++i) largest[i] = splat(-kInfinity);
-      if (multiply) {
-        score_block<true>(shape, s, offset, rows, p.width, key, keys, largest);
-      } else {
-        score_block<false>(shape, s, offset, rows, p.width, key, keys, largest);
-      }
-      for (int64_t i = 0; i < rows; ++i) {
-        const float now = max_lanes(largest[i]);
-        const float top = now > peak[i] ? now : peak[i];
-        // A row whose every term so far is -infinity has no maximum to take off; all its weights are 0.
-        const Vec shift = splat(top == -kInfinity ? 0.0f : top);
-        float* row = s.block + i * kRow;
-        Vec sum{}, sum_odd{};
-        int64_t j = 0;
-        for (; j + 2 * kLanes <= keys; j += 2 * kLanes) {
-          const Vec even = exp_nonpositive(load(row + j) - shift);
-          const Vec odd = exp_nonpositive(load(row + j + kLanes) - shift);
-          store(row + j, even);
-          store(row + j + kLanes, odd);
-          sum += even;
-          sum_odd += odd;
-        }
-        if (j < keys) {
-          const Vec even = exp_nonpositive(load(row + j) - shift);
-          store(row + j, even);
-          sum += even;
-        }
-        if (key > 0 && top != peak[i]) {
-          const float shrink = exp_nonpositive(splat(peak[i]) - shift)[0];
-          total[i] *= shrink;
-          for (int64_t d = 0; d < out_width; ++d) s.sums[i * out_width + d] *= shrink;
-        }
-        peak[i] = top;
-        total[i] += sum_lanes(sum + sum_odd);
-      }
-      accumulate<kRow, 1>(s.block, rows, s.values + key * out_width, out_width, smaller(keys, p.tokens - key), s.sums,
-                          key > 0);
-    }
-
-    const int64_t base = start(f.out, body, head);
-    float* lse = f.lse + (body * p.heads + head) * p.tokens + i0;
-    for (int64_t i = 0; i < rows; ++i) {
-      write_row(f.out, p.bfloat16, base, i0 + i, p.width, s.sums + i * out_width, 1.0f / total[i]);
-      lse[i] = peak[i] + __builtin_logf(total[i]);
-    }
+void start_block(const Problem& p, const Shape& shape, const Term& term, int64_t begin, int64_t end, Block& block) {
+  block.begin = begin;
+  block.rows = smaller(kQueries, end - begin);
+  block.even = round_up(block.rows, 2);
+  for (int64_t i = 0; i < block.even; ++i) {
+    block.offset[i] = p.table != nullptr && i < block.rows ? term.columns[begin + i] * shape.key_stride : 0;
   }
 }
 
-// ---- Backward
-// ----------------------------------------------------------------------------------------------------------
+template <bool kPairs>
+void pack_block(const Problem& p, const View& view, int64_t body, int64_t head, const Block& block, int64_t padded,
+                float* to) {
+  pack_rows<kPairs>(view, p.bfloat16, start(view, body, head), block.begin, block.begin + block.rows, p.width, padded,
+                    to, kQueryRow);
+  if (block.even > block.rows) {
+    for (int64_t d = 0; d < kQueryRow; ++d) to[block.rows * kQueryRow + d] = 0.0f;
+  }
+}
 
-namespace {
+/// `to[i]` = a_i.b_i for the rows of a block, summed in the order of `product`.
+template <bool kPairs>
+void dot_rows(const float* a, const float* b, int64_t rows, int64_t depth, float* to) {
+  alignas(64) float across[2][kWidth * kLanes];
+  for (int64_t i = 0; i < rows; i += kLanes) {
+    transpose<kQueryRow>(a + i * kQueryRow, depth, across[0], kLanes);
+    if (a != b) transpose<kQueryRow>(b + i * kQueryRow, depth, across[1], kLanes);
+    Vec sum{};
+    for (int64_t d = 0; d < depth; ++d) {
+      multiply_add<kPairs>(sum, load(across[0] + d * kLanes), load(across[a != b] + d * kLanes));
+    }
+    store(to + i, sum);
+  }
+}
 
-struct BackwardScratch {
-  BackwardScratch(const Problem& p, const Shape& shape, float* base) : arena(base) {
-    const int64_t rows = p.tokens * shape.padded_width;
+/// Asks for the rows of the block after this one: they lie too far apart for a hardware prefetcher to follow.
+inline void prefetch_next(const Problem& p, const View& view, int64_t body, int64_t head, const Block& block) {
+  const int64_t bytes = p.bfloat16 ? 2 : 4, begin = block.begin + kQueries;
+  const char* base = static_cast<const char*>(view.data) + start(view, body, head) * bytes;
+  for (int64_t i = begin; i < smaller(begin + kQueries, p.tokens); ++i) {
+    const char* row = base + i * view.token * bytes;
+    for (int64_t at = 0; at < p.width * bytes; at += 64) __builtin_prefetch(row + at);
+  }
+}
+
+// ---- Forward -------------------------------------------------------------------------------------------------------
+
+template <bool kPairs>
+struct ForwardScratch {
+  static constexpr int kBlockRow = kPairs ? kRow / 2 + 8 : kRow;
+  ForwardScratch(const Problem& p, const Shape& shape, float* base) : arena(base) {
     term = take_term(shape, arena);
-    keys_across = arena.take(p.width * shape.key_stride);
-    values_across = arena.take(p.width * shape.key_stride);
-    keys = arena.take(rows);
-    dkeys = arena.take(rows);
-    dvalues = arena.take(rows);
-    queries_across = arena.take(p.width * kQueries);
-    grads_across = arena.take(p.width * kQueries);
-    outs_across = arena.take(p.width * kQueries);
-    queries = arena.take(kQueries * shape.padded_width);
-    grads = arena.take(kQueries * shape.padded_width);
-    outs = arena.take(kQueries * shape.padded_width);
-    dqueries = arena.take(kQueries * shape.padded_width);
-    weights = arena.take(kQueries * kRow);
-    dscores = arena.take(kQueries * kRow);
-    products = p.multiply ? arena.take(kQueries * kRow) : nullptr;
-    dterm = p.table != nullptr ? arena.take(shape.term_rows * shape.key_stride) : nullptr;
+    keys = arena.take(words<kPairs>(p.width) * shape.key_stride);
+    values = arena.take(words<kPairs>(p.tokens) * shape.padded_width);
+    queries = arena.take(kQueries * kQueryRow);
+    block = arena.take(kQueries * kBlockRow);
+    sums = arena.take(kQueries * shape.padded_width);
+    totals = arena.take(kQueries * kLanes);
   }
   Arena arena;
   Term term;
-  float *keys_across, *values_across, *keys, *dkeys, *dvalues, *queries_across, *grads_across, *outs_across, *queries,
-      *grads, *outs, *dqueries, *weights, *dscores, *products, *dterm;
+  float *keys, *values, *queries, *block, *sums, *totals;
+};
+
+/// The largest |k_j|.
+template <bool kPairs>
+float longest(const float* across, int64_t depth, int64_t stride, int64_t keys) {
+  Vec most{};
+  for (int64_t j = 0; j < keys; j += kLanes) {
+    Vec square{};
+    for (int64_t d = 0; d < depth; ++d) {
+      const Vec x = load(across + d * stride + j);
+      multiply_add<kPairs>(square, x, x);
+    }
+    most = larger(square, most);
+  }
+  return __builtin_sqrtf(max_lanes(most));
+}
+
+/// Bounds of the scores of each query.
+template <bool kPairs>
+void bound_scores(const Problem& p, const ForwardScratch<kPairs>& s, float longest_key, Block& block) {
+  const bool multiply = p.multiply && p.table != nullptr;
+  const float factor = s.term.factor < 0 ? -s.term.factor : s.term.factor;
+  float square[kQueries];
+  dot_rows<kPairs>(s.queries, s.queries, block.rows, words<kPairs>(p.width), square);
+  for (int64_t i = 0; i < block.rows; ++i) {
+    const float peak = s.term.peak[p.table != nullptr ? s.term.columns[block.begin + i] : 0];
+    const float length = __builtin_sqrtf(square[i]) * longest_key;
+    const float bound = multiply ? length * peak : length * factor + peak;
+    block.shift[i] = bound == -kInfinity ? 0.0f : bound;
+  }
+  if (block.even > block.rows) block.shift[block.rows] = 0.0f;
+}
+
+/// Exponents of the weights of a tile, and the products x = q.k they come from.
+template <bool kPairs, bool kMultiply, int kRows, int kVectors>
+[[gnu::always_inline]] inline void score_tile(const Term& term, const float* queries, const float* keys,
+                                              int64_t key_stride, int64_t depth, const int64_t* offset,
+                                              const float* shift, int64_t key, Vec (&y)[kRows][kVectors],
+                                              Vec (&x)[kRows][kVectors]) {
+  product<kPairs, kRows, kVectors, kQueryRow, 1>(queries, keys + key, key_stride, depth, x);
+  const Vec factor = splat(term.factor);
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kVectors; ++c) {
+      // The shift comes off the term first: large scores are then rounded once they are differences.
+      const Vec at = load(term.rows + offset[r] + key + c * kLanes);
+      y[r][c] = kMultiply ? x[r][c] * at + (load(term.mask + key + c * kLanes) - shift[r])
+                          : x[r][c] * factor + (at - shift[r]);
+    }
+  }
+}
+
+/// Takes each row's true maximum for its shift.
+template <bool kPairs, bool kMultiply>
+void find_peaks(const Problem& p, const Shape& shape, const ForwardScratch<kPairs>& s, Block& block) {
+  Vec largest[kQueries];
+  for (int64_t i = 0; i < block.even; ++i) {
+    largest[i] = splat(-kInfinity);
+    block.shift[i] = 0.0f;
+  }
+  for_score_tiles(block.even, shape.padded_keys, [&]<int kRows, int kVectors>(int64_t i, int64_t j) {
+    Vec x[kRows][kVectors], y[kRows][kVectors];
+    score_tile<kPairs, kMultiply>(s.term, s.queries + i * kQueryRow, s.keys, shape.key_stride, words<kPairs>(p.width),
+                                  block.offset + i, block.shift + i, j, y, x);
+    for (int r = 0; r < kRows; ++r) {
+      for (int c = 0; c < kVectors; ++c) largest[i + r] = larger(y[r][c], largest[i + r]);
+    }
+  });
+  for (int64_t i = 0; i < block.even; ++i) {
+    const float peak = max_lanes(largest[i]);
+    // A row whose every term is -infinity has no maximum to take off; all its weights are 0.
+    block.shift[i] = peak == -kInfinity ? 0.0f : peak;
+  }
+}
+
+/// Sums of weighted values and of weights of a block, for its shifts.
+template <bool kPairs, bool kMultiply>
+void weigh(const Problem& p, const Shape& shape, const ForwardScratch<kPairs>& s, const Block& block) {
+  constexpr int kBlockRow = ForwardScratch<kPairs>::kBlockRow;
+  const int64_t depth = words<kPairs>(p.width), width = shape.padded_width;
+  for (int64_t i = 0; i < block.even; ++i) store(s.totals + i * kLanes, Vec{});
+  for (int64_t key = 0; key < p.tokens; key += shape.key_block) {
+    const int64_t keys = smaller(shape.key_block, shape.padded_keys - key);
+    for_score_tiles(block.even, keys,
+                    [&]<int kRows, int kVectors>(int64_t i, int64_t j) __attribute__((always_inline)) {
+                      Vec x[kRows][kVectors], y[kRows][kVectors];
+                      score_tile<kPairs, kMultiply>(s.term, s.queries + i * kQueryRow, s.keys, shape.key_stride, depth,
+                                                    block.offset + i, block.shift + i, key + j, y, x);
+#pragma GCC unroll 16
+                      for (int r = 0; r < kRows; ++r) {
+                        Vec total = load(s.totals + (i + r) * kLanes);
+#pragma GCC unroll 4
+                        for (int c = 0; c < kVectors; ++c) {
+                          const Vec weight = exp2_nonpositive<kPairs ? kHalfTerms : kFloatTerms>(y[r][c]);
+                          total += weight;
+                          float* row = s.block + (i + r) * kBlockRow;
+#if defined(JMM_ISA_avx512bf16)
+                          if constexpr (kPairs) {
+                            store_halves(reinterpret_cast<Half*>(row) + j + c * kLanes, weight);
+                            continue;
+                          }
+#endif
+                          store(row + j + c * kLanes, weight);
+                        }
+                        store(s.totals + (i + r) * kLanes, total);
+                      }
+                    });
+    accumulate<kPairs, kBlockRow, 1>(s.block, block.rows, s.values + words<kPairs>(key) * width, width, width,
+                                     words<kPairs>(smaller(keys, p.tokens - key)), s.sums, key > 0);
+  }
+}
+
+template <bool kPairs>
+void run_forward(const Problem& p, const Forward& f, Worker& worker, int64_t body, int64_t head, int64_t begin,
+                 int64_t end) {
+  const Shape shape(p);
+  ForwardScratch<kPairs> s(p, shape, worker.scratch);
+  expand(p, shape, worker, body, head, s.term);
+  const bool multiply = p.multiply && p.table != nullptr;
+  const int64_t width = shape.padded_width;
+  pack_across<kPairs>(p.k, p.bfloat16, start(p.k, body, head), p.tokens, p.width, s.keys, shape.key_stride);
+  pack_summed_rows<kPairs>(p.v, p.bfloat16, start(p.v, body, head), 0, p.tokens, p.width, width, s.values);
+  const float longest_key = longest<kPairs>(s.keys, words<kPairs>(p.width), shape.key_stride, shape.padded_keys);
+
+  Block block;
+  for (int64_t i0 = begin; i0 < end; i0 += kQueries) {
+    start_block(p, shape, s.term, i0, end, block);
+    pack_block<kPairs>(p, p.q, body, head, block, round_up(p.width, 2), s.queries);
+    prefetch_next(p, p.q, body, head, block);
+    bound_scores<kPairs>(p, s, longest_key, block);
+    float total[kQueries];
+    for (bool peaks = false;; peaks = true) {
+      if (multiply) {
+        weigh<kPairs, true>(p, shape, s, block);
+      } else {
+        weigh<kPairs, false>(p, shape, s, block);
+      }
+      bool drowned = false;
+      for (int64_t i = 0; i < block.rows; ++i) {
+        total[i] = sum_lanes(load(s.totals + i * kLanes));
+        drowned = drowned || !(total[i] >= kLeastTotal);
+      }
+      if (peaks || !drowned) break;
+      if (multiply) {
+        find_peaks<kPairs, true>(p, shape, s, block);
+      } else {
+        find_peaks<kPairs, false>(p, shape, s, block);
+      }
+    }
+
+    const int64_t base = start(f.out, body, head), at = (body * p.heads + head) * p.tokens + i0;
+    for (int64_t i = 0; i < block.rows; ++i) {
+      write_row(f.out, p.bfloat16, base, i0 + i, p.width, s.sums + i * width, 1.0f / total[i]);
+      f.statistics.shift[at + i] = block.shift[i];
+      f.statistics.total[at + i] = total[i];
+    }
+  }
+}
+
+// ---- Backward ------------------------------------------------------------------------------------------------------
+
+template <bool kPairs>
+struct BackwardScratch {
+  BackwardScratch(const Problem& p, const Shape& shape, float* base) : arena(base) {
+    const int64_t depth = words<kPairs>(p.width), width = shape.padded_width;
+    term = take_term(shape, arena);
+    keys_across = arena.take(depth * shape.key_stride);
+    values_across = arena.take(depth * shape.key_stride);
+    keys = arena.take(words<kPairs>(p.tokens) * width);
+    dkeys = arena.take(p.tokens * width);
+    dvalues = arena.take(p.tokens * width);
+    queries = arena.take(kQueries * kQueryRow);
+    grads = arena.take(kQueries * kQueryRow);
+    outs = arena.take(kQueries * kQueryRow);
+    query_pairs = kPairs ? arena.take(kQueries / 2 * width) : queries;
+    grad_pairs = kPairs ? arena.take(kQueries / 2 * width) : grads;
+    dqueries = arena.take(kQueries * width);
+    weights = arena.take(words<kPairs>(kQueries) * kRow);
+    dscores = arena.take(words<kPairs>(kQueries) * kRow);
+    dscore_rows = kPairs ? arena.take(kQueries * kHalfRow) : dscores;
+    dterm = p.table != nullptr ? arena.take(shape.term_rows * shape.key_stride) : nullptr;
+  }
+  static constexpr int kHalfRow = kRow / 2 + 8;
+  Arena arena;
+  Term term;
+  float *keys_across, *values_across, *keys, *dkeys, *dvalues, *queries, *grads, *outs, *query_pairs, *grad_pairs,
+      *dqueries, *weights, *dscores, *dscore_rows, *dterm;
 };
 
 /// Weights and score gradients of a block; `dscores` becomes the gradient of q.k up to a factor that all share.
-template <bool kMultiply, bool kTable>
-void gradient_block(const Shape& shape, const BackwardScratch& s, const int64_t* offset, const float* lse,
-                    const float* delta, int64_t rows, int64_t width, int64_t key, int64_t keys) {
-  const Vec factor = splat(s.term.factor);
-  const float *term = s.term.rows + key, *mask = s.term.mask + key;
-  float *weights = s.weights, *dscores = s.dscores, *products = s.products, *dterm = kTable ? s.dterm + key : nullptr;
-  scores(s.queries_across, rows, s.keys_across + key, shape.key_stride, keys, width,
-         [=](int64_t i, int64_t j, Vec x) __attribute__((always_inline)) {
-           const Vec at = load(term + offset[i] + j);
-           const Vec y = kMultiply ? x * at + load(mask + j) : x * factor + at;
-           store(weights + i * kRow + j, exp_nonpositive(y - lse[i]));
-           if (kMultiply) store(products + i * kRow + j, x);
-         });
-  scores(s.grads_across, rows, s.values_across + key, shape.key_stride, keys, width,
-         [=](int64_t i, int64_t j, Vec x) __attribute__((always_inline)) {
-           const Vec dscore = load(weights + i * kRow + j) * (x - delta[i]);
-           if (kTable) {
-             float* to = dterm + offset[i] + j;
-             store(to, load(to) + (kMultiply ? dscore * load(products + i * kRow + j) : dscore));
-           }
-           store(dscores + i * kRow + j, kMultiply ? dscore * load(term + offset[i] + j) : dscore);
-         });
+template <bool kPairs, bool kMultiply, bool kTable>
+void gradient_block(const Shape& shape, const BackwardScratch<kPairs>& s, const Block& block, const float* delta,
+                    int64_t depth, int64_t key, int64_t keys) {
+  for_score_tiles(block.even, keys, [&]<int kRows, int kVectors>(int64_t i, int64_t j) __attribute__((always_inline)) {
+    // Weights wait for the second product in memory of this tile's size.
+    alignas(64) float tile_weights[kRows * kVectors * kLanes], tile_products[kMultiply ? kRows * kVectors * kLanes : 1];
+    {
+      Vec x[kRows][kVectors], y[kRows][kVectors];
+      score_tile<kPairs, kMultiply>(s.term, s.queries + i * kQueryRow, s.keys_across, shape.key_stride, depth,
+                                    block.offset + i, block.shift + i, key + j, y, x);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int c = 0; c < kVectors; ++c) {
+          y[r][c] = exp2_nonpositive<kPairs ? kHalfTerms : kFloatTerms>(y[r][c]);
+          store(tile_weights + (r * kVectors + c) * kLanes, y[r][c]);
+          if (kMultiply) store(tile_products + (r * kVectors + c) * kLanes, x[r][c]);
+          if (!kPairs) store(s.weights + (i + r) * kRow + j + c * kLanes, y[r][c]);
+        }
+#if defined(JMM_ISA_avx512bf16)
+        if constexpr (kPairs) {
+          if (r % 2 == 1) {
+  #pragma GCC unroll 4
+            for (int c = 0; c < kVectors; ++c) {
+              store_pairs(s.weights + (i + r) / 2 * kRow + j + c * kLanes, y[r - 1][c], y[r][c]);
+            }
+          }
+        }
+#endif
+      }
+    }
+    Vec x[kRows][kVectors];
+    product<kPairs, kRows, kVectors, kQueryRow, 1>(s.grads + i * kQueryRow, s.values_across + key + j, shape.key_stride,
+                                                   depth, x);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const Vec shift = splat(delta[i + r]);
+#pragma GCC unroll 4
+      for (int c = 0; c < kVectors; ++c) {
+        const int64_t at = (r * kVectors + c) * kLanes;
+        Vec dscore = load(tile_weights + at) * (x[r][c] - shift);
+        if (kTable) {
+          float* to = s.dterm + block.offset[i + r] + key + j + c * kLanes;
+          store(to, load(to) + (kMultiply ? dscore * load(tile_products + at) : dscore));
+        }
+        if (kMultiply) dscore *= load(s.term.rows + block.offset[i + r] + key + j + c * kLanes);
+        x[r][c] = dscore;
+        if (!kPairs) store(s.dscores + (i + r) * kRow + j + c * kLanes, dscore);
+      }
+#if defined(JMM_ISA_avx512bf16)
+      if constexpr (kPairs) {
+  #pragma GCC unroll 4
+        for (int c = 0; c < kVectors; ++c) {
+          store_halves(reinterpret_cast<Half*>(s.dscore_rows + (i + r) * s.kHalfRow) + j + c * kLanes, x[r][c]);
+          if (r % 2 == 1) store_pairs(s.dscores + (i + r) / 2 * kRow + j + c * kLanes, x[r - 1][c], x[r][c]);
+        }
+      }
+#endif
+    }
+  });
 }
 
-}  // namespace
+/// Rows of a block in pairs, as the right side of a product that sums over them.
+inline void pair_rows(const float* rows, int64_t even, int64_t padded, float* to) {
+  for (int64_t i = 0; i < even; i += 2, to += padded) {
+    interleave(rows + i * kQueryRow, rows + (i + 1) * kQueryRow, padded, to);
+  }
+}
 
-int64_t backward_scratch(const Problem& p) { return BackwardScratch(p, Shape(p), nullptr).arena.used(); }
-
-void backward(const Problem& p, const Backward& g, Worker& worker, int64_t body, int64_t head, double* dtable) {
+template <bool kPairs>
+void run_backward(const Problem& p, const Backward& g, Worker& worker, int64_t body, int64_t head, double* dtable) {
   const Shape shape(p);
-  BackwardScratch s(p, shape, worker.scratch);
+  BackwardScratch<kPairs> s(p, shape, worker.scratch);
   expand(p, shape, worker, body, head, s.term);
-  const int64_t padded = shape.padded_width;
+  const int64_t width = shape.padded_width, depth = words<kPairs>(p.width);
   const bool multiply = p.multiply && p.table != nullptr;
 
-  pack_rows(p.v, p.bfloat16, start(p.v, body, head), 0, p.tokens, p.width, padded, s.keys, padded);
-  transpose(s.keys, padded, p.tokens, p.width, shape.key_stride, s.values_across, shape.key_stride);
-  pack_rows(p.k, p.bfloat16, start(p.k, body, head), 0, p.tokens, p.width, padded, s.keys, padded);
-  transpose(s.keys, padded, p.tokens, p.width, shape.key_stride, s.keys_across, shape.key_stride);
+  pack_across<kPairs>(p.v, p.bfloat16, start(p.v, body, head), p.tokens, p.width, s.values_across, shape.key_stride);
+  pack_across<kPairs>(p.k, p.bfloat16, start(p.k, body, head), p.tokens, p.width, s.keys_across, shape.key_stride);
+  pack_summed_rows<kPairs>(p.k, p.bfloat16, start(p.k, body, head), 0, p.tokens, p.width, width, s.keys);
   if (p.table != nullptr) {
     for (int64_t j = 0; j < shape.term_rows * shape.key_stride; ++j) s.dterm[j] = 0.0f;
   }
   // The gradient reaches q and k through scale * q.k, whose factor is left out of the blocks: `scale` when adding;
-  // when multiplying, the term has it already.
-  const float inner = multiply ? 1.0f : p.scale;
+  // when multiplying, the term has it already, times log2(e).
+  const float inner = multiply ? kLn2 : p.scale;
 
+  Block block;
   for (int64_t i0 = 0; i0 < p.tokens; i0 += kQueries) {
-    const int64_t rows = smaller(kQueries, p.tokens - i0);
-    int64_t offset[kQueries];
-    find_rows(p, shape, s.term, i0, rows, offset);
-    pack_rows(p.q, p.bfloat16, start(p.q, body, head), i0, i0 + rows, p.width, padded, s.queries, padded);
-    transpose(s.queries, padded, rows, p.width, rows, s.queries_across, kQueries);
-    pack_rows(g.grad_out, p.bfloat16, start(g.grad_out, body, head), i0, i0 + rows, p.width, padded, s.grads, padded);
-    transpose(s.grads, padded, rows, p.width, rows, s.grads_across, kQueries);
-    pack_rows(g.out, p.bfloat16, start(g.out, body, head), i0, i0 + rows, p.width, padded, s.outs, padded);
+    start_block(p, shape, s.term, i0, p.tokens, block);
+    pack_block<kPairs>(p, p.q, body, head, block, width, s.queries);
+    pack_block<kPairs>(p, g.grad_out, body, head, block, width, s.grads);
+    pack_block<kPairs>(p, g.out, body, head, block, width, s.outs);
+    prefetch_next(p, p.q, body, head, block);
+    prefetch_next(p, g.grad_out, body, head, block);
+    prefetch_next(p, g.out, body, head, block);
     float delta[kQueries];
-    const float* lse = g.lse + (body * p.heads + head) * p.tokens + i0;
-    transpose(s.outs, padded, rows, p.width, rows, s.outs_across, kQueries);
-    // The same order of additions as in the products with the values: a query that attends to one key alone, whose
-    // output is that key's value, gets a gradient of exactly zero.
-    for (int64_t i = 0; i < rows; ++i) delta[i] = 0.0f;
-    for (int64_t d = 0; d < p.width; ++d) {
-      const float *grad = s.grads_across + d * kQueries, *out = s.outs_across + d * kQueries;
-      for (int64_t i = 0; i < rows; ++i) delta[i] += grad[i] * out[i];
+    const int64_t at = (body * p.heads + head) * p.tokens + i0;
+    for (int64_t i = 0; i < block.rows; ++i) {
+      const float total = g.statistics.total[at + i];
+      block.shift[i] = g.statistics.shift[at + i];
+      if constexpr (kPairs) {
+        // Scaling the gradients would round them again; a logarithm's rounding is nothing next to bfloat16's.
+        block.shift[i] += __builtin_log2f(total);
+      } else {
+        // The weights are left without their row's sum, which divides the gradients instead.
+        float* grad = s.grads + i * kQueryRow;
+        for (int64_t d = 0; d < p.width; ++d) grad[d] /= total;
+      }
+    }
+    // Summed as the products with the values are: a query that attends to one key alone, whose output is that key's
+    // value, gets a gradient of exactly zero.
+    dot_rows<kPairs>(s.grads, s.outs, block.rows, depth, delta);
+    if (block.even > block.rows) {
+      delta[block.rows] = 0.0f;
+      block.shift[block.rows] = kInfinity;
+    }
+    if constexpr (kPairs) {
+      pair_rows(s.queries, block.even, width, s.query_pairs);
+      pair_rows(s.grads, block.even, width, s.grad_pairs);
     }
 
+    const int64_t summed = words<kPairs>(block.even), row_stride = kPairs ? width : kQueryRow;
     for (int64_t key = 0; key < p.tokens; key += shape.key_block) {
       const int64_t keys = smaller(shape.key_block, shape.padded_keys - key);
       const int64_t valid = smaller(keys, p.tokens - key);
       if (multiply) {
-        gradient_block<true, true>(shape, s, offset, lse, delta, rows, p.width, key, keys);
+        gradient_block<kPairs, true, true>(shape, s, block, delta, depth, key, keys);
       } else if (p.table != nullptr) {
-        gradient_block<false, true>(shape, s, offset, lse, delta, rows, p.width, key, keys);
+        gradient_block<kPairs, false, true>(shape, s, block, delta, depth, key, keys);
       } else {
-        gradient_block<false, false>(shape, s, offset, lse, delta, rows, p.width, key, keys);
+        gradient_block<kPairs, false, false>(shape, s, block, delta, depth, key, keys);
       }
-      accumulate<1, kRow>(s.weights, valid, s.grads, padded, rows, s.dvalues + key * padded, i0 > 0);
-      accumulate<1, kRow>(s.dscores, valid, s.queries, padded, rows, s.dkeys + key * padded, i0 > 0);
-      accumulate<kRow, 1>(s.dscores, rows, s.keys + key * padded, padded, valid, s.dqueries, key > 0);
+      accumulate<kPairs, 1, kRow>(s.weights, valid, s.grad_pairs, row_stride, width, summed, s.dvalues + key * width,
+                                  i0 > 0);
+      accumulate<kPairs, 1, kRow>(s.dscores, valid, s.query_pairs, row_stride, width, summed, s.dkeys + key * width,
+                                  i0 > 0);
+      accumulate<kPairs, kPairs ? BackwardScratch<kPairs>::kHalfRow : kRow, 1>(
+          s.dscore_rows, block.rows, s.keys + words<kPairs>(key) * width, width, width, words<kPairs>(valid),
+          s.dqueries, key > 0);
     }
     const int64_t base = start(g.dq, body, head);
-    for (int64_t i = 0; i < rows; ++i) {
-      write_row(g.dq, p.bfloat16, base, i0 + i, p.width, s.dqueries + i * padded, inner);
+    for (int64_t i = 0; i < block.rows; ++i) {
+      write_row(g.dq, p.bfloat16, base, i0 + i, p.width, s.dqueries + i * width, inner);
     }
   }
 
   const int64_t dk_base = start(g.dk, body, head), dv_base = start(g.dv, body, head);
   for (int64_t j = 0; j < p.tokens; ++j) {
-    write_row(g.dk, p.bfloat16, dk_base, j, p.width, s.dkeys + j * padded, inner);
-    write_row(g.dv, p.bfloat16, dv_base, j, p.width, s.dvalues + j * padded, 1.0f);
+    write_row(g.dk, p.bfloat16, dk_base, j, p.width, s.dkeys + j * width, inner);
+    write_row(g.dv, p.bfloat16, dv_base, j, p.width, s.dvalues + j * width, 1.0f);
   }
   if (p.table != nullptr) {
     const double outer = multiply ? p.scale : 1.0;
@@ -498,6 +844,43 @@ void backward(const Problem& p, const Backward& g, Worker& worker, int64_t body,
       for (int64_t j = 0; j < p.tokens; ++j) dtable[v * p.joints + s.term.columns[j]] += outer * row[j];
     }
   }
+}
+
+/// Whether bfloat16 stays bfloat16 in the products.
+bool pairs(const Problem& p) {
+#if defined(JMM_ISA_avx512bf16)
+  return p.bfloat16;
+#else
+  static_cast<void>(p);
+  return false;
+#endif
+}
+
+}  // namespace
+
+int64_t forward_scratch(const Problem& p) {
+  return pairs(p) ? ForwardScratch<true>(p, Shape(p), nullptr).arena.used()
+                  : ForwardScratch<false>(p, Shape(p), nullptr).arena.used();
+}
+
+int64_t backward_scratch(const Problem& p) {
+  return pairs(p) ? BackwardScratch<true>(p, Shape(p), nullptr).arena.used()
+                  : BackwardScratch<false>(p, Shape(p), nullptr).arena.used();
+}
+
+void forward(const Problem& p, const Forward& f, Worker& worker, int64_t body, int64_t head, int64_t begin,
+             int64_t end) {
+#if defined(JMM_ISA_avx512bf16)
+  if (p.bfloat16) return run_forward<true>(p, f, worker, body, head, begin, end);
+#endif
+  run_forward<false>(p, f, worker, body, head, begin, end);
+}
+
+void backward(const Problem& p, const Backward& g, Worker& worker, int64_t body, int64_t head, double* dtable) {
+#if defined(JMM_ISA_avx512bf16)
+  if (p.bfloat16) return run_backward<true>(p, g, worker, body, head, dtable);
+#endif
+  run_backward<false>(p, g, worker, body, head, dtable);
 }
 
 }  // namespace jmm_fast::topology_attention::JMM_ISA

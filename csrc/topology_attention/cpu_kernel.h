@@ -23,14 +23,20 @@ struct Problem {
   bool multiply, bfloat16;
 };
 
+/// Softmax statistics of each query, [B,H,N] contiguous: a weight is 2^(score * log2(e) - shift) / total.
+template <typename T>
+struct Statistics {
+  T *shift, *total;
+};
+
 struct Forward {
   View out;
-  float* lse;  ///< [B,H,N] contiguous
+  Statistics<float> statistics;
 };
 
 struct Backward {
   View grad_out, out, dq, dk, dv;
-  const float* lse;  ///< [B,H,N] contiguous
+  Statistics<const float> statistics;
 };
 
 /// What one thread keeps between its tasks.

@@ -107,14 +107,14 @@ class _AttentionHalf(torch.autograd.Function):
         packed = ops.norm_linear_forward(x, norm_w, norm_b, qkv_w, qkv_b, eps, half)
         q, k, v = _split(packed, heads)
         scale = (dim // heads) ** -0.5
-        out, lse = ops.topology_attention_forward(q, k, v, table, joints, multiply, scale)
+        out, statistics = ops.topology_attention_forward(q, k, v, table, joints, multiply, scale)
         joined = out.transpose(1, 2).reshape(bodies, tokens, dim)
         residual = x if add else None
         if rows is not None:
             joined = joined.flatten(0, 1).index_select(0, rows).view(bodies, -1, dim)
             residual = x.flatten(0, 1).index_select(0, rows).view(bodies, -1, dim) if add else None
         y = ops.linear_add_forward(joined, proj_w, proj_b, residual)
-        ctx.save_for_backward(x, norm_w, norm_b, qkv_w, proj_w, table, joints, rows, packed, out, lse)
+        ctx.save_for_backward(x, norm_w, norm_b, qkv_w, proj_w, table, joints, rows, packed, out, statistics)
         ctx.heads, ctx.multiply, ctx.scale, ctx.eps, ctx.add = heads, multiply, scale, eps, add
         ctx.biased = (qkv_b is not None, proj_b is not None)
         return y
@@ -122,7 +122,7 @@ class _AttentionHalf(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         ops = torch.ops.jmm_fast
-        x, norm_w, norm_b, qkv_w, proj_w, table, joints, rows, packed, out, lse = ctx.saved_tensors
+        x, norm_w, norm_b, qkv_w, proj_w, table, joints, rows, packed, out, statistics = ctx.saved_tensors
         bodies, tokens, dim = x.shape
         q, k, v = _split(packed, ctx.heads)
         joined = out.transpose(1, 2).reshape(bodies * tokens, dim)
@@ -136,7 +136,7 @@ class _AttentionHalf(torch.autograd.Function):
                 base = grad.new_zeros(bodies * tokens, dim).index_copy(0, rows, grad.flatten(0, 1)).view(x.shape)
         dout = da.view(bodies, tokens, ctx.heads, -1).transpose(1, 2)
         dq, dk, dv, dtable = ops.topology_attention_backward(
-            dout, q, k, v, table, joints, out, lse, ctx.multiply, ctx.scale
+            dout, q, k, v, table, joints, out, statistics, ctx.multiply, ctx.scale
         )
         dq, dk, dv = (d.transpose(1, 2).reshape(bodies, tokens, dim) for d in (dq, dk, dv))
         dx, dnorm_w, dnorm_b, dqkv_w, dqkv_b = ops.norm_linear_backward(

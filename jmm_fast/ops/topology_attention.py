@@ -23,7 +23,7 @@ library.define(
 )
 library.define(
     "topology_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? table, Tensor? joints, "
-    "Tensor out, Tensor lse, bool multiply, float scale) -> (Tensor, Tensor, Tensor, Tensor)"
+    "Tensor out, Tensor statistics, bool multiply, float scale) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -51,14 +51,17 @@ def topology_attention(
             needed with a table. Values are checked on CPU tensors and not on a device, where looking would stall.
         mode: ``"add"`` or ``"scale"``.
         scale: None means ``1/sqrt(D)``.
-        backend: see ``jmm_fast.backends()``. ``"cpu"`` takes float32 or bfloat16 (computed in float32) with
-            ``D <= 128`` and a float32 table.
+        backend: see ``jmm_fast.backends()``. ``"cpu"`` takes float32 or bfloat16 with ``D <= 128`` and a
+            float32 table.
 
     Returns:
         ``[B,H,N,D]``; differentiable in ``q``, ``k``, ``v`` and ``table``.
 
     Raises:
         ValueError: wrong shape, dtype, device or value, e.g. "joints must be int [N] or [B,N], got float32 [8, 74]".
+
+    Softmax statistics are float32 in every dtype; on processors that multiply bfloat16 the C++ kernel rounds the
+    weights of bfloat16 inputs to bfloat16 before they meet the values, elsewhere it computes in float32.
 
     Deterministic: repeatable bit for bit, for any number of threads. Source: JMM-TGT (PLOS ONE 2025); the additive
     form with a learned scalar for each hop distance is Graphormer's spatial encoding (Ying et al., NeurIPS 2021).
@@ -114,16 +117,16 @@ class _NativeAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, table, joints, multiply, scale):
-        out, lse = torch.ops.jmm_fast.topology_attention_forward(q, k, v, table, joints, multiply, scale)
-        ctx.save_for_backward(q, k, v, table, joints, out, lse)
+        out, statistics = torch.ops.jmm_fast.topology_attention_forward(q, k, v, table, joints, multiply, scale)
+        ctx.save_for_backward(q, k, v, table, joints, out, statistics)
         ctx.multiply, ctx.scale = multiply, scale
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
-        q, k, v, table, joints, out, lse = ctx.saved_tensors
+        q, k, v, table, joints, out, statistics = ctx.saved_tensors
         dq, dk, dv, dtable = torch.ops.jmm_fast.topology_attention_backward(
-            grad_out, q, k, v, table, joints, out, lse, ctx.multiply, ctx.scale
+            grad_out, q, k, v, table, joints, out, statistics, ctx.multiply, ctx.scale
         )
         return dq, dk, dv, dtable if table is not None else None, None, None, None
 
@@ -136,10 +139,10 @@ def _token_major(x: Tensor) -> Tensor:
 
 @torch.library.register_fake("jmm_fast::topology_attention_forward", lib=library)
 def _fake_forward(q, k, v, table, joints, multiply, scale):
-    return _token_major(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return _token_major(q), q.new_empty((2, *q.shape[:3]), dtype=torch.float32)
 
 
 @torch.library.register_fake("jmm_fast::topology_attention_backward", lib=library)
-def _fake_backward(grad_out, q, k, v, table, joints, out, lse, multiply, scale):
+def _fake_backward(grad_out, q, k, v, table, joints, out, statistics, multiply, scale):
     dtable = q.new_empty((0,) if table is None else table.shape, dtype=torch.float32)
     return _token_major(q), _token_major(q), _token_major(q), dtable

@@ -108,11 +108,11 @@ def test_opcheck(backend, with_table):
         table = joints = None
     arguments = q, k, v, table, joints, False, 0.5
     if backend == "cpu":
-        out, lse = torch.ops.jmm_fast.topology_attention_forward(*arguments)
+        out, statistics = torch.ops.jmm_fast.topology_attention_forward(*arguments)
         torch.library.opcheck(torch.ops.jmm_fast.topology_attention_forward.default, arguments)
         torch.library.opcheck(
             torch.ops.jmm_fast.topology_attention_backward.default,
-            (torch.randn_like(out), q, k, v, table, joints, out, lse, False, 0.5),
+            (torch.randn_like(out), q, k, v, table, joints, out, statistics, False, 0.5),
         )
     else:
         for tensor in (q, k, v, table):
