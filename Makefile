@@ -42,7 +42,6 @@ lint: install
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# Both records of bench/results: the table in pairs, and every case by itself. About twelve quiet minutes.
 # The kernels' tests once more, on every instruction set, in a build that checks each access and each operation. Leaks
 # are not looked for: Python and torch keep memory until they end. torch.compile would build with the sanitizers loaded
 # into the compiler, and the test of memory use would measure theirs.
@@ -51,12 +50,13 @@ SANITIZED_TESTS := tests/test_host.py $(wildcard tests/ops/test_*_cpu.py)
 
 sanitize: install
 	JMM_FAST_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib $(SANITIZED)
-	@$(BIN)/python -c 'import json, sys; sys.exit("\n".join(t["reason"] for t in json.load(open("$(SANITIZED)/jmm_fast/_build.json"))["targets"].values()))'
+	@$(BIN)/python -c 'import json, sys; sys.exit("; ".join(t["reason"] for t in json.load(open("$(SANITIZED)/jmm_fast/_build.json"))["targets"].values() if t["reason"]) or 0)'
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
 	PYTHONPATH=$(SANITIZED) PYTHONSAFEPATH=1 \
-	$(BIN)/python -m pytest -p no:cacheprovider $(SANITIZED_TESTS) -k "not compile and not memory_does_not_grow"
+	$(BIN)/python -m pytest -q --capture=sys -p no:cacheprovider $(SANITIZED_TESTS) -k "not compile and not memory_does_not_grow"
 
+# Both records of bench/results: the table in pairs, and every case by itself. About twelve quiet minutes.
 bench: install
 	$(BIN)/jmm-fast bench --json bench/results/bench.json
 	$(BIN)/python -m pytest bench -q --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-json=bench/results/cases.json
