@@ -22,15 +22,16 @@ struct PhiloxWords {
   uint32_t x0, x1, x2, x3;
 };
 
+constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u, kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
+
 JMM_HOST_DEVICE constexpr PhiloxWords philox4x32(PhiloxWords x, uint32_t k0, uint32_t k1) {
-  constexpr uint32_t m0 = 0xD2511F53u, m1 = 0xCD9E8D57u, w0 = 0x9E3779B9u, w1 = 0xBB67AE85u;
   for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = static_cast<uint64_t>(m0) * x.x0;
-    const uint64_t p1 = static_cast<uint64_t>(m1) * x.x2;
+    const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * x.x0;
+    const uint64_t p1 = static_cast<uint64_t>(kPhiloxM1) * x.x2;
     x = {static_cast<uint32_t>(p1 >> 32) ^ x.x1 ^ k0, static_cast<uint32_t>(p1),
          static_cast<uint32_t>(p0 >> 32) ^ x.x3 ^ k1, static_cast<uint32_t>(p0)};
-    k0 += w0;
-    k1 += w1;
+    k0 += kPhiloxW0;
+    k1 += kPhiloxW1;
   }
   return x;
 }

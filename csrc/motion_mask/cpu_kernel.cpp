@@ -13,6 +13,8 @@
 
 #if JMM_LANES > 4
   #include <immintrin.h>
+#elif defined(__SSE2__)
+  #include <emmintrin.h>
 #endif
 
 namespace jmm_fast::motion_mask::JMM_ISA {
@@ -83,8 +85,6 @@ Buffers split(const Problem& p, float* scratch) {
   b.before = b.current + planes_of(p);
   return b;
 }
-
-// ---- Scores --------------------------------------------------------------------------------------------------------
 
 /// Lanes of a vector that hold coordinate `c` of triples (x, y, z), in the `part`-th of three vectors full of them.
 constexpr uint32_t triple_bits(int c, int part) {
@@ -198,14 +198,17 @@ Extent score_body(const Problem& p, const Buffers& b, const float* body) {
         const Vec first = x[0];
         even = Vec{}, odd = Vec{};
 #pragma GCC unroll 12
-        for (int64_t j = 1; j < planes; ++j) (j & 1 ? odd : even) += x[j] - first;
+        for (int64_t j = 0; j < planes; ++j) {
+          x[j] -= first;
+          (j & 1 ? odd : even) += x[j];
+        }
         const Vec mean = (even + odd) * share;
         Vec* centred = before + planes;
         Vec even_squares{}, odd_squares{};
         even = Vec{}, odd = Vec{};
 #pragma GCC unroll 12
         for (int64_t j = 0; j < planes; ++j) {
-          const Vec c = (x[j] - first) - mean;
+          const Vec c = x[j] - mean;
           const Vec product = c * centred[j];
           (j & 1 ? odd_squares : even_squares) += c * c;
           (j & 1 ? odd : even) += kVariant == kReleased ? magnitude(product) : product;
@@ -236,16 +239,15 @@ Extent score_body(const Problem& p, const Buffers& b, const float* body) {
 
 template <int kVariant>
 Extent score_body(const Problem& p, const Buffers& b, const float* body) {
+  // The same arithmetic however the clip lies in memory, so that the probabilities are equal too.
   const bool packed = p.joint_stride == 3 && p.coordinate_stride == 1 && p.coordinates == 3;
-  if (packed) {
-    return p.patch == 4 ? score_body<kVariant, 12, true>(p, b, body) : score_body<kVariant, 0, true>(p, b, body);
+  if (planes_of(p) == 12) {
+    return packed ? score_body<kVariant, 12, true>(p, b, body) : score_body<kVariant, 12, false>(p, b, body);
   }
-  return score_body<kVariant, 0, false>(p, b, body);
+  return packed ? score_body<kVariant, 0, true>(p, b, body) : score_body<kVariant, 0, false>(p, b, body);
 }
 
-// ---- The same in double precision, for the few tokens where it matters
-// -----------------------------------------------
-
+/// The score as the plain twin computes it.
 double exact_score(const Problem& p, const float* body, int64_t token) {
   const int64_t step = token < p.joints ? 1 : token / p.joints;
   const float* from = body + token % p.joints * p.joint_stride + step * p.patch * p.frame_stride;
@@ -314,7 +316,66 @@ void select_exact(const Problem& p, const Buffers& b, const float* body, const f
   }
 }
 
-// ---- Draws and ratios ----------------------------------------------------------------------------------------------
+typedef uint64_t Wide __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+constexpr int kWide = kLanes / 2;
+
+/// Products of the low halves of each lane; the high halves do not matter.
+inline Wide product(Wide a, uint32_t b) {
+  const Wide factor = Wide{} + b;
+#if JMM_LANES == 16
+  return reinterpret_cast<Wide>(
+      _mm512_maskz_mul_epu32(0xff, reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(factor)));
+#elif JMM_LANES == 8
+  return reinterpret_cast<Wide>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(factor)));
+#elif defined(__SSE2__)
+  return reinterpret_cast<Wide>(_mm_mul_epu32(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(factor)));
+#else
+  return (a & 0xffffffffu) * factor;
+#endif
+}
+
+/// Lanes of `a` and `b` in turn, from lane `first` on.
+template <int kFirst>
+inline Wide in_turn(Wide a, Wide b) {
+#if defined(__clang__)
+  Wide mixed;
+  for (int l = 0; l < kWide; ++l) mixed[l] = l % 2 == 0 ? a[kFirst + l / 2] : b[kFirst + l / 2];
+  return mixed;
+#else
+  Wide from{};
+  for (int l = 0; l < kWide; ++l) from[l] = static_cast<uint64_t>(kFirst + l / 2 + l % 2 * kWide);
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
+/// Numbers of the stream, `kLanes * 2` at a time; fills `to` up to the next multiple of that.
+void fill_uniform(const PhiloxStream& stream, int64_t tokens, float* to) {
+  Wide lane{};
+  for (int l = 0; l < kWide; ++l) lane[l] = static_cast<uint64_t>(l);
+  for (int64_t i = 0; i < tokens; i += 4 * kWide) {
+    // philox4x32 with each word in the low half of a lane: what products leave in the high halves is never looked at.
+    Wide x0 = lane + static_cast<uint64_t>(i / 4), x1 = Wide{} + stream.word, x2 = Wide{} + stream.clip,
+         x3 = Wide{} + stream.epoch;
+    uint32_t k0 = stream.k0, k1 = stream.k1;
+#pragma GCC unroll 10
+    for (int round = 0; round < 10; ++round) {
+      const Wide p0 = product(x0, kPhiloxM0), p1 = product(x2, kPhiloxM1);
+      x0 = (p1 >> 32) ^ x1 ^ k0;
+      x2 = (p0 >> 32) ^ x3 ^ k1;
+      x1 = p1;
+      x3 = p0;
+      k0 += kPhiloxW0;
+      k1 += kPhiloxW1;
+    }
+    const Wide first = (x0 & 0xffffffffu) | (x1 << 32), second = (x2 & 0xffffffffu) | (x3 << 32);
+    const Wide halves[] = {in_turn<0>(first, second), in_turn<kWide / 2>(first, second)};
+    for (int h = 0; h < 2; ++h) {
+      const Words words = reinterpret_cast<Words>(halves[h]) >> 8;
+      store(to + i + h * kLanes, __builtin_convertvector(reinterpret_cast<IntVec>(words), Vec) * (1.0f / 16777216.0f));
+    }
+  }
+}
 
 void fill_draws(const Problem& p, int64_t body, float* __restrict to) {
   if (p.uniform != nullptr) {
@@ -324,17 +385,7 @@ void fill_draws(const Problem& p, int64_t body, float* __restrict to) {
     return;
   }
   const uint64_t clip = static_cast<uint64_t>(p.clip_ids != nullptr ? p.clip_ids[body] : body);
-  const PhiloxStream stream = philox_stream(p.seed, Purpose::kMask, clip, p.epoch);
-  for (int64_t i = 0; i < p.tokens; i += 64) {
-    const uint32_t first = static_cast<uint32_t>(i / 4);
-    for (uint32_t l = 0; l < 16; ++l) {
-      const PhiloxWords words = stream.block(first + l);
-      to[i + 4 * l] = philox_uniform(words.x0);
-      to[i + 4 * l + 1] = philox_uniform(words.x1);
-      to[i + 4 * l + 2] = philox_uniform(words.x2);
-      to[i + 4 * l + 3] = philox_uniform(words.x3);
-    }
-  }
+  fill_uniform(philox_stream(p.seed, Purpose::kMask, clip, p.epoch), p.tokens, to);
 }
 
 /// Weights e^(z - max z) to `weight` and ratios weight / (-log u) to `ratio`, whose bits order as they do; lanes behind
@@ -369,16 +420,14 @@ float fill_ratios(const Buffers& b, int64_t tokens, float largest, float scale, 
   return sum_lanes(total + partial);
 }
 
-// ---- The threshold -------------------------------------------------------------------------------------------------
-
 inline IntVec bits_at(const float* ratio, int64_t i) { return *reinterpret_cast<const IntVec*>(ratio + i); }
 
 /// One bit for each lane that is -1.
 inline uint32_t lane_bits(IntVec set) {
 #if JMM_LANES == 16
-  return static_cast<uint32_t>(_mm512_movepi32_mask(reinterpret_cast<const __m512i&>(set)));
+  return static_cast<uint32_t>(_mm512_movepi32_mask(__builtin_bit_cast(__m512i, set)));
 #elif JMM_LANES == 8
-  return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<const __m256&>(set)));
+  return static_cast<uint32_t>(_mm256_movemask_ps(__builtin_bit_cast(__m256, set)));
 #else
   uint32_t bits = 0;
   for (int l = 0; l < kLanes; ++l) bits |= static_cast<uint32_t>(set[l] & 1) << l;
@@ -443,8 +492,6 @@ Cut find_cut(const Buffers& b, int64_t tokens, int64_t kept, int32_t least, int3
   if (sure + ambiguous == kept) return {threshold + slack + 1, 0, 0};
   return {threshold - slack, ambiguous, kept - sure};
 }
-
-// ---- Results -------------------------------------------------------------------------------------------------------
 
 void write(const Problem& p, const Result& result, const Buffers& b, int64_t body, int32_t bound, float total) {
   const int64_t tokens = p.tokens, kept = p.kept;

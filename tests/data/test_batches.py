@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from jmm_fast.data import BodyBatches, ClipStore
 from jmm_fast.errors import UserError
-from jmm_fast.ops import clip_window
+from jmm_fast.ops import clip_window, motion_mask
 from jmm_fast.reference import philox
 
 
@@ -170,6 +170,21 @@ def test_sent_frames_give_the_same_batches(store):
     sent._frames = None
     for one, other in zip(here.epoch(0), sent.epoch(0), strict=True):
         assert torch.equal(one.clips, other.clips)
+
+
+def test_backends_draw_the_same_crops_and_masks(store):
+    pytest.importorskip("jmm_fast._C", reason="the C++ extension is not built", exc_type=ImportError)
+    ours, plain = (
+        BodyBatches(store, torch.arange(40), batch_size=9, train=True, backend=name) for name in ("cpu", "reference")
+    )
+    for one, other in zip(ours.epoch(5), plain.epoch(5), strict=True):
+        assert torch.equal(one.clips, other.clips)
+        for variant in ("released", "paper", "mamp"):
+            draws = [
+                motion_mask(batch.clips, variant=variant, seed=1, epoch=5, clip_ids=batch.clip_ids, backend=name)
+                for batch, name in ((one, "cpu"), (other, "reference"))
+            ]
+            assert torch.equal(draws[0].mask, draws[1].mask) and torch.equal(draws[0].restore, draws[1].restore)
 
 
 def test_every_batch_is_one_call_of_the_op(store, monkeypatch):
