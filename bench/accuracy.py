@@ -45,10 +45,8 @@ VARIANTS = {
     "paper-free": "--variant paper --model.topology free",
 }
 SEEDS = {"UI_PRMD": (0, 1, 2), "BANDAI_NAMCO": (0,)}
-PRETRAIN = {
-    "UI_PRMD": "pretrain small OPTIONS --data DATA --out RUN --epochs 40 --seed SEED",
-    "BANDAI_NAMCO": "pretrain small OPTIONS --data DATA --out RUN --epochs 10 --warmup-epochs 1 --seed SEED",
-}
+PRETRAIN = "pretrain small OPTIONS --data DATA --out RUN --dtype bfloat16 --seed SEED"
+EPOCHS = {"UI_PRMD": " --epochs 40", "BANDAI_NAMCO": " --epochs 10 --warmup-epochs 1"}
 FINETUNE = {"UI_PRMD": " --epochs 20 --warmup-epochs 2", "BANDAI_NAMCO": " --epochs 6 --warmup-epochs 1"}
 BASELINES = {"untrained": "untrained", "raw": "raw poses", "scratch": "from scratch"}
 
@@ -70,7 +68,7 @@ def steps(name: str, variant: str, seed: int) -> tuple[str, ...]:
 
 def commands(name: str, variant: str, seed: int) -> dict[str, str]:
     """Step -> command line, with DATA and RUN left to fill in."""
-    lines = {"pretrain": PRETRAIN[name].replace("OPTIONS", VARIANTS[variant]).replace("SEED", str(seed))}
+    lines = {"pretrain": PRETRAIN.replace("OPTIONS", VARIANTS[variant]).replace("SEED", str(seed)) + EPOCHS[name]}
     for step in steps(name, variant, seed):
         lines[step] = PROTOCOLS[step] + (FINETUNE[name] if step.startswith("finetune") else "")
         if seed and step != "knn raw":
