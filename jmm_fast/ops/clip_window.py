@@ -37,7 +37,7 @@ def clip_window(
             duty: it is checked on CPU tensors and not on a device, where looking would stall.
         angles: floating ``[B,3]`` in radians, or None for no rotation.
         window: frames of the result.
-        backend: see ``jmm_fast.backends()``.
+        backend: see ``jmm_fast.backends()``. ``"cpu"`` takes float32 frames.
 
     Returns:
         ``[B,window,V,3]`` of the dtype of ``frames``. Not differentiable: clips are data.
@@ -45,7 +45,7 @@ def clip_window(
     Raises:
         ValueError: wrong shape, dtype, device or rows outside ``frames``.
 
-    Deterministic. Source: the clip preparation of MAMP (Mao et al., ICCV 2023) and JMM-TGT (PLOS ONE 2025).
+    Deterministic; ``"cpu"`` equals the reference on the CPU bit for bit. Source: the clip preparation of MAMP (Mao et al., ICCV 2023) and JMM-TGT (PLOS ONE 2025).
     """
     checks.floating("frames", frames, "[F,V,3]", 3)
     checks.require(frames.shape[2] == 3, "frames", "floating [F,V,3]", frames)

@@ -76,7 +76,7 @@ def motion_mask(
         uniform: floating ``[B,L]`` in [0, 1): draws to use instead of Philox's.
         seed, epoch, clip_ids: name the Philox draws (``jmm_fast.reference.uniform``); ``clip_ids`` int ``[B]`` is the
             clip's index in the dataset plus ``body << 32``, and None means ``0..B-1``.
-        backend: see ``jmm_fast.backends()``.
+        backend: see ``jmm_fast.backends()``. ``"cpu"`` takes float32, bfloat16 or float16 clips and draws.
 
     Returns:
         ``MotionMask``. Not differentiable.
@@ -84,7 +84,9 @@ def motion_mask(
     Raises:
         ValueError: wrong shape, dtype, device or value.
 
-    Deterministic: a function of the arguments, the same for any batch the body is drawn in. Source: JMM-TGT (PLOS ONE
+    Deterministic: a function of the arguments, the same for any batch the body is drawn in and any number of threads.
+    The drawn set is the one that the formulas give in float64, on every backend and for every dtype; probabilities are
+    float32 results. Source: JMM-TGT (PLOS ONE
     20(12): e0338008) and MAMP (arXiv 2308.07092); draws: Gumbel top-K (Kool et al., ICML 2019).
     """
     checks.floating("clips", clips, "[B,T,V,C]", 4)
