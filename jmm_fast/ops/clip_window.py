@@ -45,7 +45,8 @@ def clip_window(
     Raises:
         ValueError: wrong shape, dtype, device or rows outside ``frames``.
 
-    Deterministic; ``"cpu"`` equals the reference on the CPU bit for bit. Source: the clip preparation of MAMP (Mao et al., ICCV 2023) and JMM-TGT (PLOS ONE 2025).
+    Deterministic; ``"cpu"`` equals the reference on the CPU bit for bit. Source: the clip preparation of MAMP (Mao et
+    al., ICCV 2023) and JMM-TGT (PLOS ONE 2025).
     """
     checks.floating("frames", frames, "[F,V,3]", 3)
     checks.require(frames.shape[2] == 3, "frames", "floating [F,V,3]", frames)
