@@ -98,7 +98,7 @@ def pretrain(
             backend=config.backend,
         )
         return ops.motion_loss(
-            model(batch.clips, mask, masked_only=True).float(),
+            model(batch.clips, mask, masked_only=config.backend != "reference").float(),
             batch.clips,
             mask.mask,
             t_patch=config.model.t_patch,

@@ -251,3 +251,27 @@ def test_bad_configs(change, message):
 def test_clips_of_another_shape():
     with pytest.raises(ValueError, match=r"clips must be \[B, 16, 25, 3\], got \[2, 20, 25, 3\]"):
         Encoder(tiny())(torch.zeros(2, 20, 25, 3))
+
+
+@pytest.mark.parametrize("topology", ["none", "hops"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_predicting_masked_tokens_alone_changes_nothing(topology, backend):
+    model = JMMTGT(tiny(topology=topology, decoder_depth=2), backend=backend)
+    if topology == "hops":
+        torch.nn.init.normal_(model.decoder.stack.topology.weight)
+    clips = clips_of(model.config)
+    mask = ops.motion_mask(clips, mask_ratio=0.7)
+
+    def run(masked_only):
+        model.zero_grad()
+        prediction = model(clips, mask, masked_only=masked_only)
+        ops.motion_loss(prediction, clips, mask.mask).backward()
+        return prediction.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    (whole, whole_grads), (masked, masked_grads) = run(False), run(True)
+    hidden = mask.mask.sum(1)[0].item()
+    assert masked.shape == (3, hidden, 12)
+    torch.testing.assert_close(masked, whole[mask.mask].view(3, hidden, 12))
+    for name, gradient in whole_grads.items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(masked_grads[name], gradient, rtol=1e-4, atol=1e-5 * scale, msg=name)
