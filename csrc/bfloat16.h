@@ -9,7 +9,6 @@ namespace jmm_fast {
 namespace {
 
 typedef uint16_t HalfVec __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
-typedef uint32_t WordVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
 inline float as_float(float x) { return x; }
 inline float as_float(uint16_t x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x) << 16); }

@@ -26,6 +26,7 @@ constexpr int kLanes = JMM_LANES;
 
 typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef uint32_t WordVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
 typedef int32_t IntWord __attribute__((may_alias));
 typedef uint16_t Half __attribute__((may_alias));
@@ -55,7 +56,8 @@ inline Vec exp_nonpositive(Vec x) {
   const Vec n = t - magic;
   const Vec r = clamped - n * kLn2;
   const Vec p = (((((c6 * r + c5) * r + c4) * r + c3) * r + c2) * r + 1.0f) * r + 1.0f;
-  const IntVec scaled = reinterpret_cast<const IntVec&>(p) + (reinterpret_cast<const IntVec&>(t) << 23);
+  // Unsigned: lanes that nobody reads may hold numbers whose sum does not fit.
+  const WordVec scaled = reinterpret_cast<const WordVec&>(p) + (reinterpret_cast<const WordVec&>(t) << 23);
   return x < low ? Vec{} : reinterpret_cast<const Vec&>(scaled);
 }
 
@@ -82,7 +84,7 @@ inline Vec exp2_nonpositive(Vec x) {
   const Vec clamped = x < low ? low : x;
   const Vec t = clamped + magic;
   const Vec p = power(clamped - (t - magic));
-  const IntVec scaled = reinterpret_cast<const IntVec&>(p) + (reinterpret_cast<const IntVec&>(t) << 23);
+  const WordVec scaled = reinterpret_cast<const WordVec&>(p) + (reinterpret_cast<const WordVec&>(t) << 23);
   return x < low ? Vec{} : reinterpret_cast<const Vec&>(scaled);
 #endif
 }

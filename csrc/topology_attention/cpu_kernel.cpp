@@ -56,7 +56,7 @@ template <bool kPairs>
 [[gnu::always_inline]] inline void multiply_add(Vec& sum, Vec a, Vec b) {
 #if defined(JMM_ISA_avx512bf16)
   if constexpr (kPairs) {
-    sum = _mm512_dpbf16_ps(sum, reinterpret_cast<const __m512bh&>(a), reinterpret_cast<const __m512bh&>(b));
+    sum = _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
     return;
   }
 #endif
