@@ -96,6 +96,29 @@ int64_t rows_of(const Tensor& x) {
   return rows;
 }
 
+/// Which rows of `total` are taken: int64, each at most once.
+struct Chosen {
+  Chosen(const std::optional<Tensor>& given, int64_t total) {
+    if (!given.has_value()) return;
+    STD_TORCH_CHECK(given->is_cpu() && given->scalar_type() == ScalarType::Long && given->dim() == 1,
+                    "rows must be an int64 CPU tensor [M]");
+    tensor = torch::stable::contiguous(*given);
+    rows = static_cast<const int64_t*>(tensor->data_ptr());
+    count = given->size(0);
+    place.assign(static_cast<size_t>(total), -1);
+    for (int64_t i = 0; i < count; ++i) {
+      STD_TORCH_CHECK(rows[i] >= 0 && rows[i] < total, "rows must be in [0, ", total, "), got ", rows[i]);
+      STD_TORCH_CHECK(place[static_cast<size_t>(rows[i])] < 0, "rows must not repeat, got ", rows[i], " twice");
+      place[static_cast<size_t>(rows[i])] = i;
+    }
+  }
+  int64_t count_of(int64_t total) const { return rows != nullptr ? count : total; }
+  std::optional<Tensor> tensor;
+  const int64_t* rows = nullptr;
+  std::vector<int64_t> place;  ///< of each of the `total` among the chosen, -1 for none
+  int64_t count = 0;
+};
+
 /// Empty tensor of the shape of `x`, its last dimension replaced.
 Tensor empty_rows(const Tensor& x, int64_t columns, ScalarType dtype) {
   std::vector<int64_t> shape;
@@ -300,53 +323,71 @@ Tensor norm_linear_forward(const Tensor& x, const Tensor& norm_weight, const Ten
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_linear_backward(
-    const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v, std::optional<Tensor> base, const Tensor& x,
-    const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& weight, double eps) {
+    const Tensor& grad, std::optional<Tensor> grad_k, std::optional<Tensor> grad_v, std::optional<Tensor> base,
+    std::optional<Tensor> base_rows, const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias,
+    const Tensor& weight, double eps) {
   const Isa isa = active_isa();
   const int64_t rows = rows_of(x), width = columns_of(x);
-  const bool half = grad_q.scalar_type() == ScalarType::BFloat16;
+  const bool half = grad.scalar_type() == ScalarType::BFloat16;
   const bool pairs = half && has_half(isa);
-  const Rows q("grad_q", grad_q, rows, columns_of(grad_q)), k("grad_k", grad_k, rows, columns_of(grad_k)),
-      v("grad_v", grad_v, rows, columns_of(grad_v));
+  const Rows q("grad", grad, rows, columns_of(grad));
+  const Rows k = grad_k.has_value() ? Rows("grad_k", *grad_k, rows, columns_of(*grad_k)) : Rows();
+  const Rows v = grad_v.has_value() ? Rows("grad_v", *grad_v, rows, columns_of(*grad_v)) : Rows();
   const int64_t out = q.matrix.columns + k.matrix.columns + v.matrix.columns;
-  const Rows from("x", x, rows, width), added = base.has_value() ? Rows("base", *base, rows, width) : Rows();
+  const Chosen based(base.has_value() ? base_rows : std::nullopt, rows);
+  const Rows from("x", x, rows, width),
+      added = base.has_value() ? Rows("base", *base, based.count_of(rows), width) : Rows();
   const NormParameters norm(norm_weight, norm_bias, width, eps);
   const PackedWeight first(isa, weight, std::nullopt, false, pairs, out, width);
   const Gradient gradient(isa, x, width, out, rows, pairs);
   Tensor dx = empty_rows(x, width, ScalarType::Float);
   Backward g{};
   g.grad[0] = q.matrix, g.grad[1] = k.matrix, g.grad[2] = v.matrix, g.base = added.matrix, g.x = from.matrix;
-  g.dx = {dx.data_ptr(), width, false}, g.norm = norm.norm, g.first = first.packed, g.half = pairs;
+  if (based.rows != nullptr) g.base_source = based.place.data();
+  g.dx = {dx.data_ptr(), width, false}, g.norm = norm.norm, g.first = first.packed;
+  g.half = pairs;
   const Tensor sums = run(isa, g, gradient, nullptr, x, rows, 2 * width + out);
   return {dx, part(sums, 0, width), part(sums, width, width), gradient.result(true), part(sums, 2 * width, out)};
 }
 
 Tensor linear_add_forward(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
-                          std::optional<Tensor> residual) {
+                          std::optional<Tensor> residual, std::optional<Tensor> rows_in) {
   const Isa isa = active_isa();
-  const int64_t rows = rows_of(x), width = columns_of(x), out = weight.size(0);
+  const int64_t total = rows_of(x), width = columns_of(x), out = weight.size(0);
   const bool pairs = x.scalar_type() == ScalarType::BFloat16 && has_half(isa);
-  const Rows from("x", x, rows, width), added = residual.has_value() ? Rows("residual", *residual, rows, out) : Rows();
+  const Rows from("x", x, total, width),
+      added = residual.has_value() ? Rows("residual", *residual, total, out) : Rows();
+  const Chosen chosen(rows_in, total);
   const PackedWeight first(isa, weight, bias, true, pairs, out, width);
-  Tensor y = empty_rows(x, out, ScalarType::Float);
+  Tensor y =
+      chosen.rows != nullptr ? empty(x, ScalarType::Float, chosen.count, out) : empty_rows(x, out, ScalarType::Float);
   Forward f{};
-  f.x = from.matrix, f.residual = added.matrix, f.y = {y.data_ptr(), out, false}, f.first = first.packed;
-  f.half = pairs;
-  run(isa, f, rows);
+  f.x = from.matrix, f.residual = added.matrix, f.y = {y.data_ptr(), out, false}, f.source = chosen.rows;
+  f.first = first.packed, f.half = pairs;
+  run(isa, f, chosen.count_of(total));
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_add_backward(const Tensor& grad, const Tensor& x, const Tensor& weight) {
+std::tuple<Tensor, Tensor, Tensor> linear_add_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                                       std::optional<Tensor> rows_in) {
   const Isa isa = active_isa();
-  const int64_t rows = rows_of(x), width = columns_of(x), out = weight.size(0);
+  const int64_t total = rows_of(x), width = columns_of(x), out = weight.size(0);
   const bool half = x.scalar_type() == ScalarType::BFloat16, pairs = half && has_half(isa);
-  const Rows given("grad", grad, rows, out), from("x", x, rows, width);
+  const Chosen chosen(rows_in, total);
+  const int64_t rows = chosen.count_of(total);
+  const Rows given("grad", grad, rows, out), from("x", x, total, width);
   const PackedWeight first(isa, weight, std::nullopt, false, pairs, out, width);
   const Gradient gradient(isa, x, out, width, rows, pairs);
   Tensor dx = empty_rows(x, width, type(half));
+  const auto row_bytes = static_cast<size_t>(width) * (half ? 2 : 4);
+  for (int64_t i = 0; chosen.rows != nullptr && i < total; ++i) {
+    if (chosen.place[static_cast<size_t>(i)] < 0) {
+      std::memset(static_cast<char*>(dx.data_ptr()) + static_cast<size_t>(i) * row_bytes, 0, row_bytes);
+    }
+  }
   Backward g{};
-  g.grad[0] = given.matrix, g.x = from.matrix, g.dx = {dx.data_ptr(), width, half}, g.first = first.packed;
-  g.half = pairs;
+  g.grad[0] = given.matrix, g.x = from.matrix, g.dx = {dx.data_ptr(), width, half}, g.source = chosen.rows;
+  g.first = first.packed, g.half = pairs;
   const Tensor sums = run(isa, g, gradient, nullptr, x, rows, out);
   return {dx, gradient.result(false), sums};
 }

@@ -186,6 +186,8 @@ void write_row(const Matrix& to, int64_t row, const float* __restrict from) {
   }
 }
 
+inline int64_t row_of(const int64_t* source, int64_t row) { return source != nullptr ? source[row] : row; }
+
 /// A padded row to row `i` of a cut matrix.
 void put_row(const float* from, int64_t columns, const Cut& to, int64_t i) {
   for (int64_t j = 0; j < columns; j += kLanes) store(to.at(i, j), load(from + j));
@@ -392,7 +394,7 @@ void forward(const Forward& f, float* scratch, int64_t begin, int64_t rows) {
   clear(s.row, width, padded(width));
   clear(s.row2, width, padded(width));
   for (int64_t i = 0; i < rows; ++i) {
-    read_row(f.x, begin + i, s.row);
+    read_row(f.x, row_of(f.source, begin + i), s.row);
     const float* from = s.row;
     if (f.norm.weight != nullptr) {
       normalize(f.norm, s.row, width, s.row2);
@@ -429,7 +431,7 @@ void forward(const Forward& f, float* scratch, int64_t begin, int64_t rows) {
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t columns = last->columns;
     if (f.residual.data != nullptr) {
-      read_row(f.residual, begin + i, s.row);
+      read_row(f.residual, row_of(f.source, begin + i), s.row);
     } else {
       clear(s.row, 0, columns);
     }
@@ -454,7 +456,7 @@ void backward(const Backward& g, float* scratch, const Piece& piece) {
   float* dsecond = dfirst + (mlp ? s.hidden_columns : s.grads);
 
   for (int64_t i = 0; i < rows; ++i) {
-    read_row(g.x, piece.begin + i, s.row);
+    read_row(g.x, row_of(g.source, piece.begin + i), s.row);
     if (normed) {
       const Moments moments = normalize(g.norm, s.row, width, s.row);
       s.mean[i] = moments.mean, s.scale[i] = moments.scale;
@@ -505,7 +507,7 @@ void backward(const Backward& g, float* scratch, const Piece& piece) {
   for (int64_t i = 0; i < rows; ++i) {
     if (!normed) {
       for (int64_t j = 0; j < width; j += kLanes) store(s.row + j, load(s.result.at(i, j)));
-      write_row(g.dx, piece.begin + i, s.row);
+      write_row(g.dx, row_of(g.source, piece.begin + i), s.row);
       continue;
     }
     read_row(g.x, piece.begin + i, s.row);
@@ -534,8 +536,9 @@ void backward(const Backward& g, float* scratch, const Piece& piece) {
     for (int64_t j = 0; j < width; j += kLanes) {
       store(s.row2 + j, (load(s.row2 + j) - b - load(s.row + j) * a) * scale);
     }
-    if (g.base.data != nullptr) {
-      read_row(g.base, piece.begin + i, s.row);
+    const int64_t added = g.base.data != nullptr ? row_of(g.base_source, piece.begin + i) : -1;
+    if (added >= 0) {
+      read_row(g.base, added, s.row);
       for (int64_t j = 0; j < width; j += kLanes) store(s.row2 + j, load(s.row2 + j) + load(s.row + j));
     }
     write_row(g.dx, piece.begin + i, s.row2);

@@ -41,6 +41,7 @@ struct Outer {
 /// `y = [residual +] second(GELU(first(norm(x))))`, or `y = [residual +] first(norm(x))` when `second` has no words.
 struct Forward {
   Matrix x, residual, y;
+  const int64_t* source;  ///< row of x and residual that each row of y is made of, or null: the same
   Norm norm;
   Packed first, second;
   bool half;
@@ -51,6 +52,8 @@ struct Forward {
 struct Backward {
   Matrix grad[3];
   Matrix base, x, dx;
+  const int64_t* source;       ///< row of x and dx that each row of grad belongs to, or null: the same
+  const int64_t* base_source;  ///< row of base that each row of dx takes (-1: none), or null: the same
   Norm norm;
   Packed again, second, first;
   Outer outer, outer2;  ///< for the gradients of `first` and of `second`

@@ -96,6 +96,7 @@ class Stack(nn.Module):
 
     def __init__(self, config: ModelConfig, dim: int, depth: int, heads: int, drop_path: float, backend: str):
         super().__init__()
+        self.backend = backend
         self.topology = make_table(config, heads)
         rates = torch.linspace(0, drop_path, depth).tolist()
         self.blocks = nn.ModuleList(
@@ -103,13 +104,21 @@ class Stack(nn.Module):
         )
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, joints: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Tokens ``[B,N,d]`` with their joints ``[N]`` or ``[B,N]`` -> ``[B,N,d]``, or ``[B,M,d]``: ``keep [B,M]``."""
+    def forward(self, x: Tensor, joints: Tensor, keep: Tensor | None = None, head: nn.Linear | None = None) -> Tensor:
+        """Tokens ``[B,N,d]`` with their joints ``[N]`` or ``[B,N]`` -> ``[B,N,d]``.
+
+        Args:
+            keep: int64 ``[B,M]``: only these tokens of each body are wanted, each at most once.
+            head: applied after the last LayerNorm.
+        """
         table = None if self.topology is None else self.topology()
         joints = None if table is None else joints
         for block in self.blocks[:-1]:
             x = block(x, table, joints)
-        return self.norm(self.blocks[-1](x, table, joints, keep))
+        x = self.blocks[-1](x, table, joints, keep)
+        if head is None:
+            return self.norm(x)
+        return ops.norm_linear(x, self.norm, head) if ops.native_block(x, self.backend, 1) else head(self.norm(x))
 
 
 def init_weights(module: nn.Module) -> None:

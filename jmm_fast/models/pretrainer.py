@@ -40,7 +40,7 @@ class Decoder(nn.Module):
         joints = torch.arange(self.config.num_tokens, device=x.device) % self.config.num_joints
         # restore is where each token sits in [visible, masked]; its inverse lists the tokens in that order.
         masked = restore.argsort(1)[:, latent.shape[1] :] if masked_only else None
-        return self.head(self.stack(x, joints, masked))
+        return self.stack(x, joints, masked, self.head)
 
 
 class JMMTGT(nn.Module):

@@ -1,7 +1,7 @@
 """The public ops: formula, checks, choice of backend. One module per op, the same noun in every folder."""
 
 from jmm_fast.ops.backend import BACKENDS, OPS, backends
-from jmm_fast.ops.block import attention_half, mlp_half, native_block
+from jmm_fast.ops.block import attention_half, mlp_half, native_block, norm_linear
 from jmm_fast.ops.clip_window import clip_window
 from jmm_fast.ops.motion_loss import motion_loss
 from jmm_fast.ops.motion_mask import MotionMask, motion_mask
@@ -19,6 +19,7 @@ __all__ = [
     "motion_loss",
     "motion_mask",
     "native_block",
+    "norm_linear",
     "token_grid_gather",
     "token_grid_scatter",
     "topology_attention",

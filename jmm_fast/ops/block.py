@@ -15,11 +15,11 @@ library.define(
     "bool half) -> Tensor"
 )
 library.define(
-    "norm_linear_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor? base, Tensor x, Tensor norm_weight, "
-    "Tensor norm_bias, Tensor weight, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "norm_linear_backward(Tensor grad, Tensor? grad_k, Tensor? grad_v, Tensor? base, Tensor? base_rows, Tensor x, "
+    "Tensor norm_weight, Tensor norm_bias, Tensor weight, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-library.define("linear_add_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? residual) -> Tensor")
-library.define("linear_add_backward(Tensor grad, Tensor x, Tensor weight) -> (Tensor, Tensor, Tensor)")
+library.define("linear_add_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? rows) -> Tensor")
+library.define("linear_add_backward(Tensor grad, Tensor x, Tensor weight, Tensor? rows) -> (Tensor, Tensor, Tensor)")
 library.define(
     "norm_mlp_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight1, Tensor bias1, Tensor weight2, "
     "Tensor bias2, float eps, bool half, bool add) -> Tensor"
@@ -32,7 +32,7 @@ library.define(
 
 
 def native_block(x: Tensor, backend: str, head_dim: int) -> bool:
-    """Whether :func:`attention_half` and :func:`mlp_half` take these inputs and are wanted."""
+    """Whether the functions of this module take these inputs and are wanted."""
     if backend not in ("auto", "cpu") or x.device.type != "cpu" or x.dtype != torch.float32 or not x.numel():
         return False
     if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != torch.bfloat16:
@@ -97,6 +97,27 @@ def mlp_half(
     return _MlpHalf.apply(x, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, norm.eps, half, add)
 
 
+def norm_linear(x: Tensor, norm: torch.nn.LayerNorm, linear: torch.nn.Linear) -> Tensor:
+    """``linear(norm(x))``: float32 ``[..,d]`` to ``[..,out]``, bfloat16 under autocast to it."""
+    half = torch.is_autocast_enabled("cpu")
+    return _NormLinear.apply(x, norm.weight, norm.bias, linear.weight, linear.bias, norm.eps, half)
+
+
+class _NormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, norm_w, norm_b, weight, bias, eps, half):
+        ctx.save_for_backward(x, norm_w, norm_b, weight)
+        ctx.eps, ctx.biased = eps, bias is not None
+        return torch.ops.jmm_fast.norm_linear_forward(x, norm_w, norm_b, weight, bias, eps, half)
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dnorm_w, dnorm_b, dweight, dbias = torch.ops.jmm_fast.norm_linear_backward(
+            grad, None, None, None, None, *ctx.saved_tensors, ctx.eps
+        )
+        return dx, dnorm_w, dnorm_b, dweight, dbias if ctx.biased else None, None, None
+
+
 class _AttentionHalf(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -109,15 +130,11 @@ class _AttentionHalf(torch.autograd.Function):
         scale = (dim // heads) ** -0.5
         out, statistics = ops.topology_attention_forward(q, k, v, table, joints, multiply, scale)
         joined = out.transpose(1, 2).reshape(bodies, tokens, dim)
-        residual = x if add else None
-        if rows is not None:
-            joined = joined.flatten(0, 1).index_select(0, rows).view(bodies, -1, dim)
-            residual = x.flatten(0, 1).index_select(0, rows).view(bodies, -1, dim) if add else None
-        y = ops.linear_add_forward(joined, proj_w, proj_b, residual)
+        y = ops.linear_add_forward(joined, proj_w, proj_b, x if add else None, rows)
         ctx.save_for_backward(x, norm_w, norm_b, qkv_w, proj_w, table, joints, rows, packed, out, statistics)
         ctx.heads, ctx.multiply, ctx.scale, ctx.eps, ctx.add = heads, multiply, scale, eps, add
         ctx.biased = (qkv_b is not None, proj_b is not None)
-        return y
+        return y if rows is None else y.view(bodies, -1, dim)
 
     @staticmethod
     def backward(ctx, grad):
@@ -125,22 +142,15 @@ class _AttentionHalf(torch.autograd.Function):
         x, norm_w, norm_b, qkv_w, proj_w, table, joints, rows, packed, out, statistics = ctx.saved_tensors
         bodies, tokens, dim = x.shape
         q, k, v = _split(packed, ctx.heads)
-        joined = out.transpose(1, 2).reshape(bodies * tokens, dim)
-        if rows is not None:
-            joined = joined.index_select(0, rows)
-        da, dproj_w, dproj_b = ops.linear_add_backward(grad, joined.view(*grad.shape[:2], dim), proj_w)
-        base = grad if ctx.add else None
-        if rows is not None:
-            da = da.new_zeros(bodies * tokens, dim).index_copy(0, rows, da.flatten(0, 1))
-            if base is not None:
-                base = grad.new_zeros(bodies * tokens, dim).index_copy(0, rows, grad.flatten(0, 1)).view(x.shape)
+        joined = out.transpose(1, 2).reshape(bodies, tokens, dim)
+        da, dproj_w, dproj_b = ops.linear_add_backward(grad, joined, proj_w, rows)
         dout = da.view(bodies, tokens, ctx.heads, -1).transpose(1, 2)
         dq, dk, dv, dtable = ops.topology_attention_backward(
             dout, q, k, v, table, joints, out, statistics, ctx.multiply, ctx.scale
         )
         dq, dk, dv = (d.transpose(1, 2).reshape(bodies, tokens, dim) for d in (dq, dk, dv))
         dx, dnorm_w, dnorm_b, dqkv_w, dqkv_b = ops.norm_linear_backward(
-            dq, dk, dv, base, x, norm_w, norm_b, qkv_w, ctx.eps
+            dq, dk, dv, grad if ctx.add else None, rows, x, norm_w, norm_b, qkv_w, ctx.eps
         )
         return (
             dx,
@@ -187,17 +197,19 @@ def _fake_norm_linear_forward(x, norm_weight, norm_bias, weight, bias, eps, half
 
 
 @torch.library.register_fake("jmm_fast::norm_linear_backward", lib=library)
-def _fake_norm_linear_backward(grad_q, grad_k, grad_v, base, x, norm_weight, norm_bias, weight, eps):
+def _fake_norm_linear_backward(grad, grad_k, grad_v, base, base_rows, x, norm_weight, norm_bias, weight, eps):
     return *_like(x, norm_weight, norm_bias, weight), weight.new_empty(weight.shape[0])
 
 
 @torch.library.register_fake("jmm_fast::linear_add_forward", lib=library)
-def _fake_linear_add_forward(x, weight, bias, residual):
+def _fake_linear_add_forward(x, weight, bias, residual, rows):
+    if rows is not None:
+        return x.new_empty(rows.shape[0], weight.shape[0], dtype=torch.float32)
     return _rows(x, weight.shape[0], torch.float32)
 
 
 @torch.library.register_fake("jmm_fast::linear_add_backward", lib=library)
-def _fake_linear_add_backward(grad, x, weight):
+def _fake_linear_add_backward(grad, x, weight, rows):
     return *_like(x, weight), weight.new_empty(weight.shape[0])
 
 

@@ -92,7 +92,7 @@ class _Into(torch.autograd.Function):
     def backward(ctx, grad):
         x, *parameters = ctx.saved_tensors
         parts = grad.chunk(3, -1)
-        return *torch.ops.jmm_fast.norm_linear_backward(*parts, None, x, *parameters, ctx.eps), None
+        return *torch.ops.jmm_fast.norm_linear_backward(*parts, None, None, x, *parameters, ctx.eps), None
 
 
 class _Out(torch.autograd.Function):
@@ -100,12 +100,12 @@ class _Out(torch.autograd.Function):
     def forward(ctx, x, weight, bias, residual):
         ctx.save_for_backward(x, weight)
         ctx.add = residual is not None
-        return torch.ops.jmm_fast.linear_add_forward(x, weight, bias, residual)
+        return torch.ops.jmm_fast.linear_add_forward(x, weight, bias, residual, None)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        return *torch.ops.jmm_fast.linear_add_backward(grad, x, weight), grad if ctx.add else None
+        return *torch.ops.jmm_fast.linear_add_backward(grad, x, weight, None), grad if ctx.add else None
 
 
 class Attention(nn.Module):
@@ -237,6 +237,18 @@ def test_attention_over_lengths(isa, dtype, length, mode):
     check(module, torch.randn(2, length, 32), dtype, joints=joints, add=length != 63)
 
 
+def test_norm_and_head(isa, dtype):
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.head = nn.LayerNorm(32), nn.Linear(32, 32, bias=dtype == torch.float32)
+
+        def forward(self, x, *, fused=False):
+            return ops.norm_linear(x, self.norm, self.head).float() if fused else self.head(self.norm(x))
+
+    check(randomize(Head()), torch.randn(3, 41, 32), dtype)
+
+
 @pytest.mark.parametrize("add", [True, False])
 def test_attention_of_some_tokens(isa, dtype, add):
     keep = torch.stack([torch.randperm(40)[:23] for _ in range(3)])
@@ -330,11 +342,12 @@ def test_operators_pass_opcheck_and_refuse_what_does_not_fit():
     norm = (torch.rand(8), torch.randn(8))
     w, b = torch.randn(24, 8), torch.randn(24)
     w1, b1, w2, b2 = torch.randn(20, 8), torch.randn(20), torch.randn(8, 20), torch.randn(8)
+    rows = torch.tensor([3, 12, 0, 5, 6, 1, 13])
     calls = {
         "norm_linear_forward": (x, *norm, w, b, 1e-5, True),
-        "norm_linear_backward": (grad, grad, grad, None, x, *norm, w, 1e-5),
-        "linear_add_forward": (x, w2.t()[:8, :8], None, x),
-        "linear_add_backward": (grad, x.bfloat16(), torch.randn(8, 8)),
+        "norm_linear_backward": (grad, grad, grad, x[0], rows, x, *norm, w, 1e-5),
+        "linear_add_forward": (x, w2.t()[:8, :8], None, x, rows),
+        "linear_add_backward": (x[0], x.bfloat16(), torch.randn(8, 8), rows),
         "norm_mlp_forward": (x, *norm, w1, b1, w2, b2, 1e-5, False, True),
         "norm_mlp_backward": (grad, x, *norm, w1, b1, w2, 1e-5, True, False),
     }
@@ -346,6 +359,12 @@ def test_operators_pass_opcheck_and_refuse_what_does_not_fit():
         ("norm_linear_forward", 4, b[:23]),
         ("norm_linear_backward", 1, grad[:1]),
         ("linear_add_forward", 3, x[:, :3]),
+        ("linear_add_forward", 4, rows + 1),
+        ("linear_add_forward", 4, rows - 1),
+        ("linear_add_forward", 4, rows.int()),
+        ("linear_add_backward", 3, rows // 2),
+        ("linear_add_backward", 3, rows[1:]),
+        ("norm_linear_backward", 4, rows[1:]),
         ("linear_add_backward", 0, grad.double()),
         ("norm_mlp_forward", 5, w2[:, :19]),
         ("norm_mlp_forward", 5, w2[:7]),
