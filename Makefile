@@ -1,4 +1,4 @@
-# make demo | test | sanitize | bench | lint | format | clean. Each makes its own .venv when there is none.
+# make demo | test | sanitize | emulate | bench | lint | format | clean. Each makes its own .venv when there is none.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -7,7 +7,7 @@ DEMO := demo
 NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f -name '*.[ch]*')
 
 .DEFAULT_GOAL := test
-.PHONY: install demo test sanitize bench lint format clean
+.PHONY: install demo test sanitize emulate bench lint format clean
 
 # The torch we test comes first and alone, so that nothing later pulls in another one.
 $(VENV)/torch.stamp:
@@ -46,7 +46,7 @@ test: lint
 # are not looked for: Python and torch keep memory until they end. torch.compile would build with the sanitizers loaded
 # into the compiler, and the test of memory use would measure theirs.
 SANITIZED := build/sanitize
-SANITIZED_TESTS := tests/test_host.py $(wildcard tests/ops/test_*_cpu.py)
+NATIVE_TESTS := tests/test_host.py $(wildcard tests/ops/test_*_cpu.py) -k "not compile and not memory_does_not_grow"
 
 sanitize: install
 	JMM_FAST_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib $(SANITIZED)
@@ -54,7 +54,19 @@ sanitize: install
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
 	PYTHONPATH=$(SANITIZED) PYTHONSAFEPATH=1 \
-	$(BIN)/python -m pytest -q --capture=sys -p no:cacheprovider $(SANITIZED_TESTS) -k "not compile and not memory_does_not_grow"
+	$(BIN)/python -m pytest -q --capture=sys -p no:cacheprovider $(NATIVE_TESTS)
+
+# The wheel on an emulated processor without AVX-512: an instruction that it does not have ends the program.
+EMULATED := build/emulated
+EMULATOR := qemu-x86_64 -cpu Haswell
+
+emulate: install
+	@command -v $(firstword $(EMULATOR)) > /dev/null || { echo "$(firstword $(EMULATOR)) not found (apt-get install qemu-user)"; exit 1; }
+	rm -rf $(EMULATED)
+	$(BIN)/pip wheel --disable-pip-version-check -q --no-build-isolation --no-deps -w $(EMULATED)/wheel .
+	$(BIN)/pip install --disable-pip-version-check -q --no-deps --target $(EMULATED)/site $(EMULATED)/wheel/*.whl
+	PYTHONPATH=$(EMULATED)/site PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 \
+	$(EMULATOR) $(BIN)/python -m pytest -q -p no:cacheprovider $(NATIVE_TESTS)
 
 # Both records of bench/results: the table in pairs, and every case by itself. About twelve quiet minutes.
 bench: install
