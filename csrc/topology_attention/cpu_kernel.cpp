@@ -7,7 +7,7 @@
 //
 // A weight needs a number near its row's largest score before that is known. |q_i| max_j |k_j| bounds the products, the
 // table row its term; where the bound is so far above the row that weights would drown, the block is done again with
-// the true maximum.
+// the true maximum. Either is rounded up to a power of two, so that taking it off rounds nothing.
 //
 // Operands are packed into 32-bit words: a float32 each, or where the processor multiplies bfloat16, two bfloat16 that
 // follow each other in the direction of the sum. One word of A times a vector of words of B is one instruction in both
@@ -36,6 +36,8 @@ constexpr int kScoreRows = 4, kScoreVectors = 2, kWideRows = 4, kNarrowRows = 8;
 constexpr int kScoreTile = kScoreVectors * kLanes;
 constexpr int kQueries = 48;
 constexpr int kKeys = 384;
+/// Long chains of float32 sums round as often as they are long: half as many keys cost 1 % and save 10 % of the error.
+constexpr int kFloatKeys = 192;
 constexpr int kWidth = 128;
 // An odd number of cache lines: rows of a block must not share cache sets.
 constexpr int kRow = kKeys + 16;
@@ -210,7 +212,7 @@ void pack_across(const View& view, bool bfloat16, int64_t base, int64_t count, i
 /// Vector of bfloat16 in the order of the floats.
 [[gnu::always_inline]] inline void store_halves(Half* to, Vec x) {
   const __m256bh halves = _mm512_cvtneps_pbh(x);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<const __m256i&>(halves));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(halves));
 }
 
 /// Vector of words with the elements of two rows.
@@ -218,7 +220,7 @@ void pack_across(const View& view, bool bfloat16, int64_t base, int64_t count, i
   const __m512bh both = _mm512_cvtne2ps_pbh(second, first);
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                          5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, reinterpret_cast<const __m512i&>(both)));
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(both)));
 }
 #endif
 
@@ -337,6 +339,16 @@ class Arena {
   int64_t used_ = 0;
 };
 
+/// Whether bfloat16 stays bfloat16 in the products.
+inline bool pairs(const Problem& p) {
+#if defined(JMM_ISA_avx512bf16)
+  return p.bfloat16;
+#else
+  static_cast<void>(p);
+  return false;
+#endif
+}
+
 /// Sizes that follow from the problem.
 struct Shape {
   explicit Shape(const Problem& p)
@@ -345,16 +357,17 @@ struct Shape {
         key_stride(round_up(p.tokens, 16) + (round_up(p.tokens, 16) % 32 == 0 ? 16 : 0)),
         padded_width(round_up(p.width, kLanes)),
         term_rows(p.table != nullptr ? p.joints : 1) {
-    const int64_t blocks = (p.tokens + kKeys - 1) / kKeys;
+    const int64_t most = pairs(p) ? kKeys : kFloatKeys, blocks = (p.tokens + most - 1) / most;
     key_block = blocks > 0 ? round_up((p.tokens + blocks - 1) / blocks, kScoreTile) : kScoreTile;
-    if (key_block > kKeys) key_block = kKeys;
+    if (key_block > most) key_block = most;
   }
   int64_t padded_keys, key_stride, padded_width, term_rows, key_block;
 };
-static_assert(kKeys % kScoreTile == 0 && kScoreTile % 2 == 0);
+static_assert(kKeys % kScoreTile == 0 && kFloatKeys % kScoreTile == 0 && kScoreTile % 2 == 0);
 
 /// The table of one head expanded over keys. A score times log2(e) is `x * factor + term` (add) or `x * term + mask`
-/// (multiply), x being q.k; columns past the last key are -infinity.
+/// (multiply), x being q.k, which float32 takes times `factor` with the queries; columns past the last key are
+/// -infinity.
 struct Term {
   float* rows;       // [term_rows, key_stride]
   float* mask;       // [key_stride], 0 and -infinity
@@ -405,7 +418,7 @@ void expand(const Problem& p, const Shape& shape, Worker& worker, int64_t body, 
     const int64_t* joint = p.joint + body * p.joint_body;
     for (int64_t j = 0; j < p.tokens; ++j) term.columns[j] = static_cast<int32_t>(joint[j * p.joint_token]);
     for (int64_t j = p.tokens; j < shape.padded_keys; ++j) term.columns[j] = 0;
-    const float factor = multiply ? term.factor : unit;
+    const float factor = !multiply ? unit : pairs(p) ? term.factor : 1.0f;
     const float past = multiply ? 0.0f : -kInfinity;
     const float* table = p.table + head * p.joints * p.joints;
     for (int64_t v = 0; v < p.joints; ++v, table += p.joints) {
@@ -430,7 +443,8 @@ void expand(const Problem& p, const Shape& shape, Worker& worker, int64_t body, 
 struct Block {
   int64_t begin, rows, even;  // first query, their number, and that rounded up to even
   int64_t offset[kQueries];   // of the term's row for each query
-  float shift[kQueries];      // 2^(score * log2(e) - shift) is the weight, up to the row's sum
+  float shift[kQueries];      // an integer: 2^(score * log2(e) - shift) is the weight, up to the row's sum
+  float logarithm[kQueries];  // of the row's sum, where weights are taken with it
 };
 
 void start_block(const Problem& p, const Shape& shape, const Term& term, int64_t begin, int64_t end, Block& block) {
@@ -449,6 +463,19 @@ void pack_block(const Problem& p, const View& view, int64_t body, int64_t head, 
                     to, kQueryRow);
   if (block.even > block.rows) {
     for (int64_t d = 0; d < kQueryRow; ++d) to[block.rows * kQueryRow + d] = 0.0f;
+  }
+}
+
+/// The queries of a block. Where the term multiplies, float32 queries take the factor: the products with an exact term
+/// are then rounded once, as large scores ask for.
+template <bool kPairs>
+void pack_queries(const Problem& p, const Term& term, int64_t body, int64_t head, const Block& block, int64_t padded,
+                  float* to) {
+  pack_block<kPairs>(p, p.q, body, head, block, padded, to);
+  if (!kPairs && p.multiply) {
+    for (int64_t i = 0; i < block.rows; ++i) {
+      for (int64_t d = 0; d < p.width; ++d) to[i * kQueryRow + d] *= term.factor;
+    }
   }
 }
 
@@ -522,27 +549,24 @@ void bound_scores(const Problem& p, const ForwardScratch<kPairs>& s, float longe
     const float peak = s.term.peak[p.table != nullptr ? s.term.columns[block.begin + i] : 0];
     const float length = __builtin_sqrtf(square[i]) * longest_key;
     const float bound = multiply ? length * peak : length * factor + peak;
-    block.shift[i] = bound == -kInfinity ? 0.0f : bound;
+    block.shift[i] = bound == -kInfinity ? 0.0f : __builtin_ceilf(bound);
   }
   if (block.even > block.rows) block.shift[block.rows] = 0.0f;
 }
 
-/// Exponents of the weights of a tile, and the products x = q.k they come from.
+/// Scores of a tile times log2(e), and the products x = q.k they come from.
 template <bool kPairs, bool kMultiply, int kRows, int kVectors>
 [[gnu::always_inline]] inline void score_tile(const Term& term, const float* queries, const float* keys,
-                                              int64_t key_stride, int64_t depth, const int64_t* offset,
-                                              const float* shift, int64_t key, Vec (&y)[kRows][kVectors],
-                                              Vec (&x)[kRows][kVectors]) {
+                                              int64_t key_stride, int64_t depth, const int64_t* offset, int64_t key,
+                                              Vec (&y)[kRows][kVectors], Vec (&x)[kRows][kVectors]) {
   product<kPairs, kRows, kVectors, kQueryRow, 1>(queries, keys + key, key_stride, depth, x);
   const Vec factor = splat(term.factor);
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int c = 0; c < kVectors; ++c) {
-      // The shift comes off the term first: large scores are then rounded once they are differences.
       const Vec at = load(term.rows + offset[r] + key + c * kLanes);
-      y[r][c] = kMultiply ? x[r][c] * at + (load(term.mask + key + c * kLanes) - shift[r])
-                          : x[r][c] * factor + (at - shift[r]);
+      y[r][c] = kMultiply ? x[r][c] * at + load(term.mask + key + c * kLanes) : x[r][c] * factor + at;
     }
   }
 }
@@ -551,14 +575,11 @@ template <bool kPairs, bool kMultiply, int kRows, int kVectors>
 template <bool kPairs, bool kMultiply>
 void find_peaks(const Problem& p, const Shape& shape, const ForwardScratch<kPairs>& s, Block& block) {
   Vec largest[kQueries];
-  for (int64_t i = 0; i < block.even; ++i) {
-    largest[i] = splat(-kInfinity);
-    block.shift[i] = 0.0f;
-  }
+  for (int64_t i = 0; i < block.even; ++i) largest[i] = splat(-kInfinity);
   for_score_tiles(block.even, shape.padded_keys, [&]<int kRows, int kVectors>(int64_t i, int64_t j) {
     Vec x[kRows][kVectors], y[kRows][kVectors];
     score_tile<kPairs, kMultiply>(s.term, s.queries + i * kQueryRow, s.keys, shape.key_stride, words<kPairs>(p.width),
-                                  block.offset + i, block.shift + i, j, y, x);
+                                  block.offset + i, j, y, x);
     for (int r = 0; r < kRows; ++r) {
       for (int c = 0; c < kVectors; ++c) largest[i + r] = larger(y[r][c], largest[i + r]);
     }
@@ -566,7 +587,7 @@ void find_peaks(const Problem& p, const Shape& shape, const ForwardScratch<kPair
   for (int64_t i = 0; i < block.even; ++i) {
     const float peak = max_lanes(largest[i]);
     // A row whose every term is -infinity has no maximum to take off; all its weights are 0.
-    block.shift[i] = peak == -kInfinity ? 0.0f : peak;
+    block.shift[i] = peak == -kInfinity ? 0.0f : __builtin_ceilf(peak);
   }
 }
 
@@ -582,13 +603,14 @@ void weigh(const Problem& p, const Shape& shape, const ForwardScratch<kPairs>& s
                     [&]<int kRows, int kVectors>(int64_t i, int64_t j) __attribute__((always_inline)) {
                       Vec x[kRows][kVectors], y[kRows][kVectors];
                       score_tile<kPairs, kMultiply>(s.term, s.queries + i * kQueryRow, s.keys, shape.key_stride, depth,
-                                                    block.offset + i, block.shift + i, key + j, y, x);
+                                                    block.offset + i, key + j, y, x);
 #pragma GCC unroll 16
                       for (int r = 0; r < kRows; ++r) {
+                        const Vec shift = splat(block.shift[i + r]);
                         Vec total = load(s.totals + (i + r) * kLanes);
 #pragma GCC unroll 4
                         for (int c = 0; c < kVectors; ++c) {
-                          const Vec weight = exp2_nonpositive<kPairs ? kHalfTerms : kFloatTerms>(y[r][c]);
+                          const Vec weight = exp2_below<kPairs ? kHalfTerms : kFloatTerms>(y[r][c], shift);
                           total += weight;
                           float* row = s.block + (i + r) * kBlockRow;
 #if defined(JMM_ISA_avx512bf16)
@@ -622,7 +644,7 @@ void run_forward(const Problem& p, const Forward& f, Worker& worker, int64_t bod
   Block block;
   for (int64_t i0 = begin; i0 < end; i0 += kQueries) {
     start_block(p, shape, s.term, i0, end, block);
-    pack_block<kPairs>(p, p.q, body, head, block, round_up(p.width, 2), s.queries);
+    pack_queries<kPairs>(p, s.term, body, head, block, round_up(p.width, 2), s.queries);
     prefetch_next(p, p.q, body, head, block);
     bound_scores<kPairs>(p, s, longest_key, block);
     float total[kQueries];
@@ -647,7 +669,9 @@ void run_forward(const Problem& p, const Forward& f, Worker& worker, int64_t bod
 
     const int64_t base = start(f.out, body, head), at = (body * p.heads + head) * p.tokens + i0;
     for (int64_t i = 0; i < block.rows; ++i) {
-      write_row(f.out, p.bfloat16, base, i0 + i, p.width, s.sums + i * width, 1.0f / total[i]);
+      float* sums = s.sums + i * width;
+      for (int64_t d = 0; d < width; d += kLanes) store(sums + d, load(sums + d) / total[i]);
+      write_row(f.out, p.bfloat16, base, i0 + i, p.width, sums, 1.0f);
       f.statistics.shift[at + i] = block.shift[i];
       f.statistics.total[at + i] = total[i];
     }
@@ -694,12 +718,14 @@ void gradient_block(const Shape& shape, const BackwardScratch<kPairs>& s, const 
     {
       Vec x[kRows][kVectors], y[kRows][kVectors];
       score_tile<kPairs, kMultiply>(s.term, s.queries + i * kQueryRow, s.keys_across, shape.key_stride, depth,
-                                    block.offset + i, block.shift + i, key + j, y, x);
+                                    block.offset + i, key + j, y, x);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
+        const Vec shift = splat(block.shift[i + r]);
 #pragma GCC unroll 4
         for (int c = 0; c < kVectors; ++c) {
-          y[r][c] = exp2_nonpositive<kPairs ? kHalfTerms : kFloatTerms>(y[r][c]);
+          if (kPairs) y[r][c] -= block.logarithm[i + r];
+          y[r][c] = exp2_below<kPairs ? kHalfTerms : kFloatTerms>(y[r][c], shift);
           store(tile_weights + (r * kVectors + c) * kLanes, y[r][c]);
           if (kMultiply) store(tile_products + (r * kVectors + c) * kLanes, x[r][c]);
           if (!kPairs) store(s.weights + (i + r) * kRow + j + c * kLanes, y[r][c]);
@@ -768,14 +794,15 @@ void run_backward(const Problem& p, const Backward& g, Worker& worker, int64_t b
   if (p.table != nullptr) {
     for (int64_t j = 0; j < shape.term_rows * shape.key_stride; ++j) s.dterm[j] = 0.0f;
   }
-  // The gradient reaches q and k through scale * q.k, whose factor is left out of the blocks: `scale` when adding;
-  // when multiplying, the term has it already, times log2(e).
-  const float inner = multiply ? kLn2 : p.scale;
+  // Factors of the gradients that the blocks leave out. A score is scale * q.k, plus the term or times it; in the
+  // latter case the queries (float32) or the term (bfloat16) have the factor already, times log2(e).
+  const float query_factor = multiply && kPairs ? kLn2 : p.scale, key_factor = multiply ? kLn2 : p.scale;
+  const double table_factor = !multiply ? 1.0 : kPairs ? static_cast<double>(p.scale) : static_cast<double>(kLn2);
 
   Block block;
   for (int64_t i0 = 0; i0 < p.tokens; i0 += kQueries) {
     start_block(p, shape, s.term, i0, p.tokens, block);
-    pack_block<kPairs>(p, p.q, body, head, block, width, s.queries);
+    pack_queries<kPairs>(p, s.term, body, head, block, width, s.queries);
     pack_block<kPairs>(p, g.grad_out, body, head, block, width, s.grads);
     pack_block<kPairs>(p, g.out, body, head, block, width, s.outs);
     prefetch_next(p, p.q, body, head, block);
@@ -788,7 +815,7 @@ void run_backward(const Problem& p, const Backward& g, Worker& worker, int64_t b
       block.shift[i] = g.statistics.shift[at + i];
       if constexpr (kPairs) {
         // Scaling the gradients would round them again; a logarithm's rounding is nothing next to bfloat16's.
-        block.shift[i] += __builtin_log2f(total);
+        block.logarithm[i] = __builtin_log2f(total);
       } else {
         // The weights are left without their row's sum, which divides the gradients instead.
         float* grad = s.grads + i * kQueryRow;
@@ -799,7 +826,7 @@ void run_backward(const Problem& p, const Backward& g, Worker& worker, int64_t b
     // value, gets a gradient of exactly zero.
     dot_rows<kPairs>(s.grads, s.outs, block.rows, depth, delta);
     if (block.even > block.rows) {
-      delta[block.rows] = 0.0f;
+      delta[block.rows] = block.logarithm[block.rows] = 0.0f;
       block.shift[block.rows] = kInfinity;
     }
     if constexpr (kPairs) {
@@ -828,32 +855,21 @@ void run_backward(const Problem& p, const Backward& g, Worker& worker, int64_t b
     }
     const int64_t base = start(g.dq, body, head);
     for (int64_t i = 0; i < block.rows; ++i) {
-      write_row(g.dq, p.bfloat16, base, i0 + i, p.width, s.dqueries + i * width, inner);
+      write_row(g.dq, p.bfloat16, base, i0 + i, p.width, s.dqueries + i * width, query_factor);
     }
   }
 
   const int64_t dk_base = start(g.dk, body, head), dv_base = start(g.dv, body, head);
   for (int64_t j = 0; j < p.tokens; ++j) {
-    write_row(g.dk, p.bfloat16, dk_base, j, p.width, s.dkeys + j * width, inner);
+    write_row(g.dk, p.bfloat16, dk_base, j, p.width, s.dkeys + j * width, key_factor);
     write_row(g.dv, p.bfloat16, dv_base, j, p.width, s.dvalues + j * width, 1.0f);
   }
   if (p.table != nullptr) {
-    const double outer = multiply ? p.scale : 1.0;
     for (int64_t v = 0; v < p.joints; ++v) {
       const float* row = s.dterm + v * shape.key_stride;
-      for (int64_t j = 0; j < p.tokens; ++j) dtable[v * p.joints + s.term.columns[j]] += outer * row[j];
+      for (int64_t j = 0; j < p.tokens; ++j) dtable[v * p.joints + s.term.columns[j]] += table_factor * row[j];
     }
   }
-}
-
-/// Whether bfloat16 stays bfloat16 in the products.
-bool pairs(const Problem& p) {
-#if defined(JMM_ISA_avx512bf16)
-  return p.bfloat16;
-#else
-  static_cast<void>(p);
-  return false;
-#endif
 }
 
 }  // namespace

@@ -23,7 +23,8 @@ struct Problem {
   bool multiply, bfloat16;
 };
 
-/// Softmax statistics of each query, [B,H,N] contiguous: a weight is 2^(score * log2(e) - shift) / total.
+/// Softmax statistics of each query, [B,H,N] contiguous: a weight is 2^(score * log2(e) - shift) / total, the shift an
+/// integer.
 template <typename T>
 struct Statistics {
   T *shift, *total;
