@@ -6,6 +6,14 @@ import torch
 
 from jmm_fast import ops
 from jmm_fast.models import JMMTGT, Encoder, FinetuneClassifier, LinearProbe, convert, load_encoder, load_into, read
+from jmm_fast.ops.backend import OPS, unavailable
+
+
+@pytest.fixture(params=["reference", "auto", "cpu"])
+def backend(request):
+    if request.param == "cpu" and any(unavailable(op, "cpu") for op in OPS):
+        pytest.skip("the C++ extension is not built")
+    return request.param
 
 
 def close(ours, theirs, tolerance):
@@ -14,7 +22,6 @@ def close(ours, theirs, tolerance):
     assert (ours - theirs).abs().max().item() <= tolerance * scale
 
 
-@pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize("name", ["pretrain_small", "pretrain_small_rawloss"])
 def test_pretraining_step(golden, name, backend):
     path = golden(f"{name}.npz")
@@ -26,13 +33,14 @@ def test_pretraining_step(golden, name, backend):
         mask_ratio=float(arrays["mask_ratio"]),
         tau=float(arrays["tau"]),
         uniform=torch.from_numpy(arrays["uniform"]),
+        backend=backend,
     )
     latent = model.encoder(clips, mask.visible)
     order = torch.from_numpy(arrays["ids_keep"]).long().argsort(1)[..., None].expand_as(latent)
     close(latent, torch.from_numpy(arrays["latent"]).gather(1, order), 1e-4)
     prediction = model(clips, mask)
     close(prediction, arrays["pred"], 1e-4)
-    loss = ops.motion_loss(prediction, clips, mask.mask, normalize=bool(arrays["cfg_norm_skes_loss"]))
+    loss = ops.motion_loss(prediction, clips, mask.mask, normalize=bool(arrays["cfg_norm_skes_loss"]), backend=backend)
     np.testing.assert_allclose(loss.item(), float(arrays["loss"]), rtol=1e-4)
     loss.backward()
     gradients = convert.from_authors(
@@ -55,11 +63,11 @@ def test_export_gives_the_authors_arrays_back(golden):
 
 
 @pytest.mark.parametrize("name, head", [("linprobe_small", LinearProbe), ("finetune_small", FinetuneClassifier)])
-def test_downstream_heads(golden, name, head):
+def test_downstream_heads(golden, name, head, backend):
     path = golden(f"{name}.npz")
     arrays = np.load(path)
     config, state = read(path, heads=4)
-    classifier = head(Encoder(config, backend="reference"), 10)
+    classifier = head(Encoder(config, backend=backend), 10)
     load_into(classifier, state, path)
     clips = torch.from_numpy(arrays["x"])
     samples, _, _, _, bodies = clips.shape
