@@ -1,6 +1,7 @@
 """Every case runs, and both sides of every comparison compute the same."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -168,9 +169,12 @@ def test_peak_memory_of_a_case_that_fails():
 def test_the_benchmarks_of_pytest_take_the_same_cases(tmp_path):
     out = tmp_path / "cases.json"
     command = ["-m", "pytest", "bench", "-q", "--benchmark-only", f"--benchmark-json={out}"]
+    # A worker of pytest-xdist tells its children so, and pytest-benchmark measures nothing there.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}
     result = subprocess.run(
         [sys.executable, *command, "-k", "motion_mask and b8 and reference", "-p", "no:cacheprovider"],
         cwd=ROOT,
+        env=environment,
         capture_output=True,
         text=True,
     )
