@@ -45,7 +45,7 @@ VARIANTS = {
     "paper-free": "--variant paper --model.topology free",
 }
 SEEDS = {"UI_PRMD": (0, 1, 2), "BANDAI_NAMCO": (0,)}
-PRETRAIN = "pretrain small OPTIONS --data DATA --out RUN --dtype bfloat16 --seed SEED"
+PRETRAIN = "pretrain small OPTIONS --data DATA --out RUN --dtype DTYPE --seed SEED"
 EPOCHS = {"UI_PRMD": " --epochs 40", "BANDAI_NAMCO": " --epochs 10 --warmup-epochs 1"}
 FINETUNE = {"UI_PRMD": " --epochs 20 --warmup-epochs 2", "BANDAI_NAMCO": " --epochs 6 --warmup-epochs 1"}
 BASELINES = {"untrained": "untrained", "raw": "raw poses", "scratch": "from scratch"}
@@ -66,9 +66,10 @@ def steps(name: str, variant: str, seed: int) -> tuple[str, ...]:
     return ("linear", "knn")
 
 
-def commands(name: str, variant: str, seed: int) -> dict[str, str]:
+def commands(name: str, variant: str, seed: int, dtype: str = "bfloat16") -> dict[str, str]:
     """Step -> command line, with DATA and RUN left to fill in."""
-    lines = {"pretrain": PRETRAIN.replace("OPTIONS", VARIANTS[variant]).replace("SEED", str(seed)) + EPOCHS[name]}
+    line = PRETRAIN.replace("OPTIONS", VARIANTS[variant]).replace("DTYPE", dtype).replace("SEED", str(seed))
+    lines = {"pretrain": line + EPOCHS[name]}
     for step in steps(name, variant, seed):
         lines[step] = PROTOCOLS[step] + (FINETUNE[name] if step.startswith("finetune") else "")
         if seed and step != "knn raw":
@@ -136,7 +137,7 @@ def table(work: Path, out: Path) -> None:
                         "seconds": round(metrics[-1]["time"], 1),
                         "last_loss": [m["loss"] for m in metrics if m["kind"] == "epoch"][-1],
                     },
-                    "commands": commands(name, variant, seed),
+                    "commands": commands(name, variant, seed, config["dtype"]),
                     # Paths and host details stay with the run.
                     "environment": {key: environment[key] for key in ("commit", "versions", "cpu", "cores", "threads")}
                     | {"data": environment["data"]["fingerprint"]},
