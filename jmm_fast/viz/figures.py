@@ -106,7 +106,10 @@ def confusion_matrix(predictions: str | Path | Mapping | Predictions, *, title: 
     side, bars = cell * classes, 1.5
     left, below, above = label_room + 0.3, label_room + 0.35, 0.85
     width, height = left + side + 0.25 + bars + 0.55, below + side + above
-    figure = style.new_figure(max(width, 5.2), height)
+    top1 = np.trace(counts) / counts.sum()
+    note = f"{counts.sum()} test clips, {classes} classes, top-1 {100 * top1:.1f} %; each row adds up to 100 %"
+    # Few classes with long names make a plot narrower than the line above it.
+    figure = style.new_figure(max(width, left + len(note) * 8 * 0.56 / 72 + 0.1), height)
 
     axes = style.inches(figure, left, below, side, side)
     axes.imshow(share, cmap=style.share_colormap(), vmin=0, vmax=1, aspect="auto", interpolation="none")
@@ -153,8 +156,6 @@ def confusion_matrix(predictions: str | Path | Mapping | Predictions, *, title: 
         fontsize=8,
         color=style.MUTED,
     )
-    top1 = np.trace(counts) / counts.sum()
-    note = f"{counts.sum()} test clips, {classes} classes, top-1 {100 * top1:.1f} %; each row adds up to 100 %"
     _headline(figure, title, note, left=left, stacked=True)
     return figure
 
