@@ -97,9 +97,20 @@ def _prepare(args: list[str]) -> None:
         ("out", Annotated[Path, arg(help="clip store to write")]),
         ("options", Annotated[reader.options, arg(name="")], field(default_factory=reader.options)),
     ]
+    if reader.open is not None:
+        fields.append(("workers", Annotated[int, arg(help="threads (0: one per core); the result is the same")], 0))
     given = _parse(make_dataclass("Prepare", fields, kw_only=True), args[1:], f"prepare {args[0]}", reader.help)
-    contents = prepare(args[0], given.raw if reader.needs_input else None, given.out, given.options)
-    print(f"{contents.num_clips} clips written to {given.out}; 'jmm-fast inspect {given.out}' shows them")
+    store = prepare(
+        args[0],
+        given.raw if reader.needs_input else None,
+        given.out,
+        given.options,
+        workers=getattr(given, "workers", 0),
+        say=_say,
+    )
+    left_out = len(store.provenance.get("log", store.provenance.get("dropped", ())))
+    note = f", {left_out} notes on what was left out" if left_out else ""
+    print(f"{store.num_clips} clips written to {given.out}{note}; 'jmm-fast inspect {given.out}' shows them")
 
 
 def _inspect(args: list[str]) -> None:

@@ -10,11 +10,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "jmm_fast"
 
-LEAVES = {"errors", "files", "skeleton"}
+LEAVES = {"errors", "files", "progress", "skeleton"}
 BELOW_MODELS = {"ops", "reference", *LEAVES}
 ALLOWED = {
     "errors": set(),
     "files": {"errors"},
+    "progress": set(),
     "skeleton": {"errors"},
     "reference": set(),
     "kernels": set(),

@@ -2,7 +2,8 @@
 
 Tensors: ``frames`` float32 ``[F, V, 3]`` in metres; ``offsets`` int64 ``[N + 1]``, rows of each clip;
 ``body_offsets`` int64 ``[M + 1]``, rows of each body; ``labels`` int64 ``[N]``; ``column/NAME`` ``[N]``, whatever else
-is known of a clip.
+is known of a clip; where a data set tells, ``confidence`` float16 ``[F, V]`` in [0, 1], how surely each joint was seen
+(0: it is missing).
 The rows of a clip are its bodies one after the other, all with the same number of frames; a body's rows are zero where
 it is absent. The header holds the joint layout, class names, names of column codes, splits, clip names, frame rate and
 provenance as JSON. No pickle, no zero padding.
@@ -31,7 +32,12 @@ VERSION = "1"
 MIN_FRAMES = 2
 """Motion needs two frames, so a clip must hold at least as many."""
 
-_DTYPES = {np.dtype(np.float32): "F32", np.dtype(np.float64): "F64", np.dtype(np.int64): "I64"}
+_DTYPES = {
+    np.dtype(np.float16): "F16",
+    np.dtype(np.float32): "F32",
+    np.dtype(np.float64): "F64",
+    np.dtype(np.int64): "I64",
+}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -39,18 +45,22 @@ class StoreContents:
     """A data set in memory, as a reader makes it and :func:`write_store` writes it.
 
     Attributes:
-        frames: float32 ``[F, V, 3]`` metres, or a list of such blocks in row order (a big set need never be copied).
+        frames: float32 ``[F, V, 3]`` metres, or a list of such blocks in row order (a big set need never be copied). A
+            block may also be anything with ``shape``, ``dtype``, ``nbytes`` and ``__array__``: it is read when written.
         offsets: int64 ``[N + 1]``, rows of each clip.
         body_offsets: int64 ``[M + 1]``, rows of each body; default one body a clip.
         labels: int64 ``[N]``, index into ``class_names``.
         class_names: one name per class.
         skeleton: joint layout of the frames.
+        confidence: float16 ``[F, V]`` in [0, 1], or a list of blocks as ``frames``; 0: the joint is missing in this
+            frame. None: every joint was seen.
         columns: int64, float32 or float64 ``[N]`` by name.
         column_values: names of a column's codes 0, 1, ..., for columns that have them.
         names: one name per clip; default ``clip 0``, ``clip 1``, ...
         fps: frames per second.
         splits: name -> {"train": clip indices, "test": clip indices}.
         provenance: anything JSON: where the data came from, how it was made, which clips were dropped and why.
+        label_subsets: split -> fraction -> names of the training clips that keep their labels.
     """
 
     frames: np.ndarray | list[np.ndarray]
@@ -59,12 +69,14 @@ class StoreContents:
     class_names: list[str]
     skeleton: Skeleton
     body_offsets: np.ndarray | None = None
+    confidence: np.ndarray | list[np.ndarray] | None = None
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     column_values: dict[str, list[str]] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
     fps: float = 30.0
     splits: dict[str, dict[str, Any]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    label_subsets: dict[str, dict[str, list[str]]] = field(default_factory=dict)
 
     @property
     def num_clips(self) -> int:
@@ -118,11 +130,17 @@ def write_store(path: str | os.PathLike, contents: StoreContents | None = None, 
             for name, split in contents.splits.items()
         },
         "provenance": contents.provenance,
+        "label_subsets": contents.label_subsets,
     }
     frame_shapes = [block.shape for block in blocks]
     if not blocks or any(block.dtype != np.float32 or block.shape[1:] != blocks[0].shape[1:] for block in blocks):
         raise UserError(f"{path}: frames must be float32 [F,V,3], got {frame_shapes[:3]}")
     rows = sum(len(block) for block in blocks)
+    confidence = contents.confidence if isinstance(contents.confidence, list) else [contents.confidence]
+    if contents.confidence is not None:
+        shape = [sum(len(block) for block in confidence), *confidence[0].shape[1:]]
+        if shape != [rows, blocks[0].shape[1]] or any(block.dtype != np.float16 for block in confidence):
+            raise UserError(f"{path}: confidence must be float16 [{rows},{blocks[0].shape[1]}], got {shape}")
     _check(
         str(path), (rows, *blocks[0].shape[1:]), {key: torch.as_tensor(value) for key, value in tensors.items()}, header
     )
@@ -143,6 +161,13 @@ def write_store(path: str | os.PathLike, contents: StoreContents | None = None, 
         position = end
     end = position + sum(block.nbytes for block in blocks)
     entries["frames"] = {"dtype": "F32", "shape": [rows, *blocks[0].shape[1:]], "data_offsets": [position, end]}
+    if contents.confidence is not None:
+        size = rows * blocks[0].shape[1] * 2
+        entries["confidence"] = {
+            "dtype": "F16",
+            "shape": [rows, blocks[0].shape[1]],
+            "data_offsets": [end, end + size],
+        }
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
@@ -150,6 +175,8 @@ def write_store(path: str | os.PathLike, contents: StoreContents | None = None, 
         for _, tensor in small:
             file.write(np.ascontiguousarray(tensor).data)
         for block in blocks:
+            file.write(np.ascontiguousarray(block).data)
+        for block in confidence if contents.confidence is not None else ():
             file.write(np.ascontiguousarray(block).data)
 
 
@@ -159,17 +186,20 @@ class ClipStore:
     Attributes:
         path: the file, or a description for a store made in memory.
         frames: float32 ``[F, V, 3]`` metres, memory mapped.
+        confidence: float16 ``[F, V]``, memory mapped, or None where the data set does not tell.
         offsets, body_offsets, labels: int64 ``[N + 1]``, ``[M + 1]``, ``[N]``.
         clip_bodies: int64 ``[N, 2]``, first body and number of bodies of each clip.
         lengths: int64 ``[N]``, frames of each clip.
         columns: per-clip tensors by name; column_values: names of their codes.
         class_names, names, skeleton, fps, provenance: as in :class:`StoreContents`.
         splits: name -> {"train": int64 ids, "test": int64 ids}.
+        label_subsets: split -> fraction -> names of the training clips that keep their labels.
     """
 
     def __init__(self, path: str, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
         self.path = path
         self.frames = tensors["frames"]
+        self.confidence = tensors.get("confidence")
         self.skeleton = _check(path, self.frames.shape, tensors, header)
         self.offsets, self.body_offsets, self.labels = (tensors[name] for name in ("offsets", "body_offsets", "labels"))
         self.columns = {
@@ -180,6 +210,7 @@ class ClipStore:
         self.names: list[str] = header["names"]
         self.fps: float = header["fps"]
         self.provenance: dict[str, Any] = header["provenance"]
+        self.label_subsets: dict[str, dict[str, list[str]]] = header["label_subsets"]
         self.splits = {
             name: {part: torch.as_tensor(ids, dtype=torch.int64) for part, ids in split.items()}
             for name, split in header["splits"].items()
@@ -224,6 +255,10 @@ class ClipStore:
                 header[key] = json.loads(metadata[key])
             except (KeyError, ValueError) as error:
                 raise UserError(f"{path}: header field {key} is missing or not JSON") from error
+        try:
+            header["label_subsets"] = json.loads(metadata.get("label_subsets", "{}"))
+        except ValueError as error:
+            raise UserError(f"{path}: header field label_subsets is not JSON") from error
         if "frames" not in tensors or tensors["frames"].dtype != torch.float32:
             found = tensors["frames"].dtype if "frames" in tensors else "nothing"
             raise UserError(f"{path}: frames must be float32 [F,V,3], got {found}")
@@ -246,6 +281,10 @@ class ClipStore:
             "labels": torch.as_tensor(contents.labels),
             **{f"column/{name}": torch.as_tensor(column) for name, column in contents.columns.items()},
         }
+        confidence = contents.confidence
+        if confidence is not None:
+            confidence = np.concatenate(confidence) if isinstance(confidence, list) else confidence
+            tensors["confidence"] = torch.as_tensor(confidence)
         header = {
             "skeleton": contents.skeleton,
             "class_names": list(contents.class_names),
@@ -254,6 +293,7 @@ class ClipStore:
             "fps": contents.fps,
             "splits": contents.splits,
             "provenance": contents.provenance,
+            "label_subsets": contents.label_subsets,
         }
         if tensors["frames"].dtype != torch.float32:
             raise UserError(f"{path}: frames must be float32 [F,V,3], got {tensors['frames'].dtype}")
@@ -347,10 +387,14 @@ class ClipStore:
             digest.update(tensor.numpy().tobytes())
         for row in np.unique(np.linspace(0, len(self.frames), 256, endpoint=False, dtype=np.int64)).tolist():
             digest.update(self.frames[row : row + 16].numpy().tobytes())
+            if self.confidence is not None:
+                digest.update(self.confidence[row : row + 16].numpy().tobytes())
         return digest.hexdigest()
 
     def check_values(self) -> None:
         """Read every frame once; :class:`UserError` naming the first clip with a NaN or an infinity."""
+        if self.confidence is not None and not ((self.confidence >= 0) & (self.confidence <= 1)).all():
+            raise UserError(f"{self.path}: confidence must lie in [0, 1]")
         for begin in range(0, len(self.frames), 65536):
             block = self.frames[begin : begin + 65536]
             # A sum is not finite when an element is not: one pass at memory speed, a second only in doubt.
@@ -379,6 +423,9 @@ def _check(
         tensor = tensors[name]
         if tensor.dtype != torch.int64 or tensor.dim() != 1:
             raise UserError(f"{where}: {name} must be int64 and one-dimensional, got {_kind(tensor)}")
+    confidence = tensors.get("confidence")
+    if confidence is not None and (confidence.dtype != torch.float16 or confidence.shape != (shape[0], shape[1])):
+        raise UserError(f"{where}: confidence must be float16 [{shape[0]},{shape[1]}], got {_kind(confidence)}")
     offsets, body_offsets, labels = (tensors[name] for name in ("offsets", "body_offsets", "labels"))
     count, names = len(labels), header["names"]
     if count < 1 or len(offsets) != count + 1:
@@ -434,6 +481,10 @@ def _check(
             raise UserError(f"{where}: split {name} must hold clips of 0..{count - 1}")
         if len(np.unique(ids)) != len(ids):
             raise UserError(f"{where}: split {name} holds a clip twice")
+    for split, fractions in header["label_subsets"].items():
+        for fraction, held in fractions.items():
+            if not set(held) <= set(names):
+                raise UserError(f"{where}: label subset {fraction} of {split} holds a clip that is not in the store")
     layout = header["skeleton"]
     if not isinstance(layout, Skeleton):
         try:

@@ -16,10 +16,11 @@ from jmm_fast.errors import UserError
 from jmm_fast.files import atomic_path, atomic_write_text
 from jmm_fast.models import JMMTGT, Encoder, load_encoder, pool
 from jmm_fast.ops.backend import OPS, choose
+from jmm_fast.progress import Progress
 from jmm_fast.train import checkpoint, environment
 from jmm_fast.train.config import RunConfig, check_config, load_config
 from jmm_fast.train.loop import autocast
-from jmm_fast.train.metrics import Progress, read_lines
+from jmm_fast.train.metrics import read_lines
 
 EncoderKind = Literal["pretrained", "untrained"]
 

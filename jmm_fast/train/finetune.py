@@ -13,11 +13,12 @@ from torch.nn import functional
 from jmm_fast.data import stratified_fraction
 from jmm_fast.errors import UserError
 from jmm_fast.models import FinetuneClassifier, parameter_layers
+from jmm_fast.progress import Progress
 from jmm_fast.train import environment
 from jmm_fast.train.config import differences, load_config, save_config, to_dict
 from jmm_fast.train.evaluate import Score, Source, batches, check_joints, open_data, rank, record, score, summary
 from jmm_fast.train.loop import LoopConfig, autocast, fit, step_seed
-from jmm_fast.train.metrics import Progress, read_lines
+from jmm_fast.train.metrics import read_lines
 from jmm_fast.train.optim import adamw
 
 

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from jmm_fast.errors import UserError
+from jmm_fast.progress import Progress
 from jmm_fast.train import checkpoint
 from jmm_fast.train.config import OptimConfig
-from jmm_fast.train.metrics import Metrics, Progress
+from jmm_fast.train.metrics import Metrics
 from jmm_fast.train.optim import set_learning_rate
 from jmm_fast.train.schedule import learning_rate
 

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from jmm_fast.errors import UserError
 from jmm_fast.models import LinearProbe
+from jmm_fast.progress import Progress
 from jmm_fast.train import environment
 from jmm_fast.train.config import ProbeConfig
 from jmm_fast.train.evaluate import (
@@ -25,7 +26,6 @@ from jmm_fast.train.evaluate import (
     summary,
 )
 from jmm_fast.train.loop import autocast, step_seed
-from jmm_fast.train.metrics import Progress
 from jmm_fast.train.optim import set_learning_rate
 from jmm_fast.train.schedule import learning_rate
 

@@ -163,4 +163,4 @@ def test_broken_archives(tmp_path, dense_file):
     with pytest.raises(UserError, match="--bodies must be at least 1"):
         read(path, NpzOptions(bodies=0))
     with pytest.raises(UserError, match="unknown skeleton 'ntu'"):
-        read(path, NpzOptions(layout="ntu"))
+        read(path, NpzOptions(joints="ntu"))

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jmm_fast.errors import UserError
-from jmm_fast.train.metrics import Metrics, Progress, cut_after, read_lines
+from jmm_fast.train.metrics import Metrics, cut_after, read_lines
 
 
 def test_lines_and_their_continuation(tmp_path):
@@ -42,23 +42,6 @@ def test_tensorboard_events(tmp_path):
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 0.25)]
-
-
-def test_plain_progress_lines(capsys):
-    with Progress("pretrain", 4, done=2, every=0.0) as progress:
-        progress.advance(8, "loss 0.5")
-        progress.advance(8, "loss 0.4")
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2
-    assert lines[0].startswith("pretrain: step 3/4  loss 0.5") and "samples/s" in lines[0] and "left" in lines[0]
-    assert "step 4/4" in lines[1] and "0:00 left" in lines[1]
-
-
-def test_quick_work_is_silent(capsys):
-    with Progress("features", 2) as progress:
-        progress.advance(8)
-        progress.advance(8)
-    assert capsys.readouterr().err == ""
 
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):

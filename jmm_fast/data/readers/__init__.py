@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jmm_fast.data.readers import npz, ragged, synthetic
-from jmm_fast.data.store import StoreContents, write_store
+from jmm_fast.data.collect import ClipSource, collect, first_clip
+from jmm_fast.data.readers import common, npz, ragged, synthetic
+from jmm_fast.data.store import ClipStore, StoreContents, write_store
 from jmm_fast.errors import UserError
 
 
@@ -18,14 +19,16 @@ class Reader:
         name: as the command line calls it.
         help: one line.
         options: dataclass of the reader's choices, every field with a default.
-        read: ``read(path, options)``; also takes the options' fields by keyword.
+        read: of a format that is one file, ``read(path, options)``; also takes the options' fields by keyword.
+        open: of a format that is many files, ``open(path, options)``, which says how to read one.
         needs_input: False for a reader that makes its own data and ignores ``path``.
     """
 
     name: str
     help: str
     options: type
-    read: Callable[..., StoreContents]
+    read: Callable[..., StoreContents] | None = None
+    open: Callable[[Path, Any], ClipSource] | None = None
     needs_input: bool = True
 
 
@@ -55,8 +58,24 @@ READERS = {
 }
 
 
-def prepare(name: str, raw: Path | None, out: Path, options: Any = None) -> StoreContents:
-    """Read ``raw`` with the reader ``name`` and write the store ``out``; returns what was written.
+def prepare(
+    name: str,
+    raw: Path | None,
+    out: Path,
+    options: Any = None,
+    *,
+    workers: int = 0,
+    say: Callable[[str], None] = print,
+) -> ClipStore:
+    """Read ``raw`` with the reader ``name`` and write the store ``out``; returns it, opened.
+
+    Args:
+        name: one of :data:`READERS`.
+        raw: file, folder or archive; None for a reader that makes its own data.
+        out: clip store to write, whole or not at all.
+        options: the reader's dataclass of options; None for its defaults.
+        workers: threads of a reader of many files, 0 for one per core; the result does not depend on it.
+        say: takes a line: warnings, and that a killed run is continued.
 
     Raises:
         UserError: unknown format, missing input, anything the reader refuses, an unwritable ``out``.
@@ -66,6 +85,44 @@ def prepare(name: str, raw: Path | None, out: Path, options: Any = None) -> Stor
     reader = READERS[name]
     if reader.needs_input and raw is None:
         raise UserError(f"prepare {name} needs an input file")
-    contents = reader.read(raw, reader.options() if options is None else options)
-    write_store(out, contents)
-    return contents
+    if workers < 0:
+        raise UserError(f"--workers must be 0 (one per core) or more, got {workers}")
+    out = Path(out)
+    options = reader.options() if options is None else options
+    if reader.open is None:
+        contents = reader.read(raw, options)
+        if reader.needs_input:
+            common.transform_contents(contents, options)
+            common.add_label_subsets(contents, options)
+        write_store(out, contents)
+    else:
+        _prepare_files(reader, Path(raw), out, options, workers, say)
+    return ClipStore.open(out, check_values=False)
+
+
+def _prepare_files(
+    reader: Reader, raw: Path, out: Path, options: Any, workers: int, say: Callable[[str], None]
+) -> None:
+    source = reader.open(raw, options)
+    with collect(
+        source,
+        out,
+        transform=common.transform(options, source.skeleton, lambda: first_clip(source).frames),
+        select=lambda contents: common.keep_matching(options.where, contents.table(source.where)),
+        on_error=options.on_error,
+        workers=workers,
+        say=say,
+    ) as contents:
+        contents.provenance = {"reader": reader.name, "options": common.plain(options), **contents.provenance}
+        if options.label is not None:
+            common.relabel(contents, source.where, options.label)
+        elif options.where is not None:
+            common.close_up_labels(contents)
+        warnings = source.finish(contents)
+        contents.splits |= common.named_splits(options.split, contents.table(source.where))
+        common.add_label_subsets(contents, options)
+        if warnings:
+            contents.provenance["warnings"] = warnings
+        for warning in warnings:
+            say(f"warning: {warning}")
+        write_store(out, contents)

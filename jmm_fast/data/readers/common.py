@@ -4,18 +4,23 @@ import hashlib
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from jmm_fast import skeleton
 from jmm_fast.data.cleaning import Cleaner, OnError
-from jmm_fast.data.splits import ColumnTable, matching, split_masks
+from jmm_fast.data.mapping import joint_mapping
+from jmm_fast.data.splits import ColumnTable, matching, split_masks, stratified_fraction
 from jmm_fast.data.store import StoreContents
+from jmm_fast.data.transform import ClipTransform, bone_lengths
 from jmm_fast.errors import UserError
+from jmm_fast.skeleton import Skeleton
 
 
 @dataclass(kw_only=True, slots=True)
@@ -31,6 +36,20 @@ class CommonOptions:
     on_error: OnError = "fail"
     """What to do with a clip that holds NaN, fewer than 2 frames or an unknown label: fail (stop and name it) or drop
     (leave it out and count it)."""
+    layout: str = "keep"
+    """Joint layout of the store: keep, or one of the known layouts, onto which joints are mapped by their names (the
+    joint itself, the nearest one, the middle of two, or missing)."""
+    joint_map: Path | None = None
+    """YAML file that overrides the mapping onto --layout: TARGET: SOURCE, TARGET: [SOURCE, SOURCE] for the middle, or
+    TARGET: null for a missing joint."""
+    view: bool = False
+    """Turn each clip so that its first body stands upright and faces the camera when it first appears."""
+    bones: bool = False
+    """Give all bodies the bone lengths of the first clip, directions as they are."""
+    label_fractions: tuple[float, ...] = ()
+    """Label subsets to store for each split, e.g. 0.01 0.05 0.1: that part of every class's training clips, by name."""
+    label_seed: int = 0
+    """Fixes the label subsets."""
 
 
 @contextmanager
@@ -100,6 +119,70 @@ def require_clips(kept: np.ndarray, cleaner: Cleaner) -> None:
         raise UserError(f"{cleaner.where}: no usable clip is left of {len(cleaner.dropped)}")
 
 
+def transform(options: CommonOptions, source: Skeleton, first: Callable[[], np.ndarray]) -> ClipTransform:
+    """What ``options`` ask to be done to every clip.
+
+    Args:
+        source: layout of the clips as the reader gives them.
+        first: called when bone lengths are needed: frames ``[M, n, V, 3]`` of the first clip.
+
+    Raises:
+        UserError: an unknown layout, or a joint map that does not fit.
+    """
+    mapping = None
+    if options.layout not in ("auto", "keep", source.name):
+        mapping = joint_mapping(source, skeleton.get(options.layout), options.joint_map)
+    elif options.joint_map is not None:
+        raise UserError("--joint-map needs --layout, the layout to map onto")
+    chain = ClipTransform(source=source, mapping=mapping, view=options.view)
+    if options.bones:
+        lengths = bone_lengths(chain(first())[0], chain.skeleton)
+        chain = replace(chain, bones=tuple(lengths.tolist()))
+    return chain
+
+
+def transform_contents(contents: StoreContents, options: CommonOptions) -> None:
+    """Do to clips in memory what ``options`` ask for."""
+    frames = np.concatenate(contents.frames) if isinstance(contents.frames, list) else contents.frames
+    body_offsets = contents.offsets if contents.body_offsets is None else contents.body_offsets
+    first_body = np.searchsorted(body_offsets, contents.offsets)
+
+    def clip(array: np.ndarray, number: int) -> np.ndarray:
+        rows = array[contents.offsets[number] : contents.offsets[number + 1]]
+        return rows.reshape(first_body[number + 1] - first_body[number], -1, *array.shape[1:])
+
+    chain = transform(options, contents.skeleton, lambda: clip(frames, 0))
+    if chain == ClipTransform(source=contents.skeleton):
+        return
+    confidence = contents.confidence
+    if confidence is not None:
+        confidence = np.concatenate(confidence) if isinstance(confidence, list) else confidence
+        confidence = confidence.astype(np.float32)
+    done = [
+        chain(clip(frames, number), None if confidence is None else clip(confidence, number))
+        for number in range(contents.num_clips)
+    ]
+    contents.frames = [part.reshape(-1, *part.shape[2:]) for part, _ in done]
+    if any(part is not None for _, part in done):
+        contents.confidence = [part.reshape(-1, part.shape[-1]).astype(np.float16) for _, part in done]
+    contents.skeleton = chain.skeleton
+
+
+def add_label_subsets(contents: StoreContents, options: CommonOptions) -> None:
+    """Store which training clips keep their labels, for each split and each of ``options.label_fractions``."""
+    labels = torch.as_tensor(contents.labels)
+    for split, parts in contents.splits.items():
+        train = torch.as_tensor(np.asarray(parts["train"]))
+        for fraction in options.label_fractions:
+            chosen = stratified_fraction(labels, train, fraction, options.label_seed).tolist()
+            contents.label_subsets.setdefault(split, {})[f"{fraction:g}"] = [contents.names[clip] for clip in chosen]
+
+
+def plain(options: Any) -> dict[str, Any]:
+    """Options as JSON; of a file only its name, as folders differ from machine to machine."""
+    return {name: value.name if isinstance(value, Path) else value for name, value in asdict(options).items()}
+
+
 def provenance(reader: str, path: Path, options: Any, cleaner: Cleaner) -> dict[str, Any]:
     """Where a store came from, without dates or folders: the same input makes the same file."""
     digest = hashlib.sha256()
@@ -110,6 +193,6 @@ def provenance(reader: str, path: Path, options: Any, cleaner: Cleaner) -> dict[
         "reader": reader,
         "source": path.name,
         "source_sha256": digest.hexdigest(),
-        "options": asdict(options),
+        "options": plain(options),
         **cleaner.report(),
     }

@@ -21,7 +21,7 @@ _BLOCK_BYTES = 64 << 20
 class NpzOptions(common.CommonOptions):
     """How to read a dense ``.npz``."""
 
-    layout: str = "ntu25"
+    joints: str = "ntu25"
     """Joint layout of the rows."""
     bodies: int = 2
     """Bodies side by side in a row."""
@@ -45,7 +45,7 @@ def read(path: Path, options: NpzOptions | None = None, **fields: Any) -> StoreC
     options = NpzOptions(**fields) if options is None else options
     path = Path(path)
     where = str(path)
-    layout = skeleton.get(options.layout)
+    layout = skeleton.get(options.joints)
     if options.bodies < 1:
         raise UserError(f"--bodies must be at least 1, got {options.bodies}")
     cleaner = Cleaner(where=where, on_error=options.on_error)

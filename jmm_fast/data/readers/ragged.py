@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -32,9 +32,9 @@ _NAME_COLUMNS = ("names", "name", "source")
 class RaggedOptions(common.CommonOptions):
     """How to read a ragged ``.npz``."""
 
-    layout: Literal["auto", "keep", "ntu25"] = "auto"
-    """Joint layout of the store: ntu25 picks joints by the file's ntu25_index, keep leaves them, auto takes ntu25 where
-    the file has that index."""
+    layout: str = "auto"
+    """Joint layout of the store: auto picks ntu25 by the file's ntu25_index where it has one and keeps the joints
+    otherwise; keep; or a known layout, onto which joints are mapped by that index (ntu25) or by their names."""
     center: bool = True
     """Move each clip so that the first body's spine (ntu25) or root joint starts at the origin."""
 
@@ -208,7 +208,7 @@ def _columns(where: str, arrays: dict[str, np.ndarray], count: int):
 
 def _layout(where: str, arrays: dict[str, np.ndarray], joints: int, wanted: str) -> tuple[Skeleton, np.ndarray | None]:
     """The store's layout and, where joints are picked, which."""
-    if wanted == "ntu25" or (wanted == "auto" and "ntu25_index" in arrays):
+    if wanted in ("auto", "ntu25") and "ntu25_index" in arrays:
         index = _array(where, arrays, "ntu25_index", "int [25]", lambda a: a.dtype.kind in "iu" and a.shape == (25,))
         if index.min() < 0 or index.max() >= joints:
             raise UserError(f"{where}: ntu25_index must hold joints of 0..{joints - 1}")
