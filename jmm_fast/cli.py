@@ -296,12 +296,21 @@ def _bench(args: list[str]) -> None:
             ("quick", Annotated[FlagCreatePairsOff[bool], arg(help="fewer rounds, nothing that takes minutes")], False),
             ("json", Annotated[Path | None, arg(help="also write the record into this file")], None),
             ("threads", Annotated[int | None, arg(help="threads of torch and of the kernels")], None),
+            (
+                "pages",
+                Annotated[
+                    Literal["huge", "default"],
+                    arg(help="huge: torch may use huge pages, as all commands let it; default: torch as it comes"),
+                ],
+                "huge" if os.environ["THP_MEM_ALLOC_ENABLE"] == "1" else "default",
+            ),
         ],
         kw_only=True,
     )
     given = _parse(kind, args, "bench", "Our kernels against what they replace, each figure with its parity check.")
     if given.json is not None and (given.json.is_dir() or not given.json.absolute().parent.is_dir()):
         raise UserError(f"--json must be a file in a folder that exists, got {given.json}")
+    os.environ["THP_MEM_ALLOC_ENABLE"] = "1" if given.pages == "huge" else "0"
     from jmm_fast.bench.command import bench
 
     # Not a mistake of the user: a kernel of this build computes wrong numbers.

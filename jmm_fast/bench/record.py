@@ -62,6 +62,11 @@ def measure(
         torch.set_num_threads(before)
 
 
+def pages() -> str:
+    """``huge`` where torch's CPU allocator was told that it may use huge pages, ``default`` otherwise."""
+    return "huge" if os.environ.get("THP_MEM_ALLOC_ENABLE", "0") == "1" else "default"
+
+
 class _Run:
     def __init__(self, rows: list[Row], quick: bool, say: Callable[[str, int, int], None]) -> None:
         self.rows, self.quick = rows, quick
@@ -93,7 +98,7 @@ class _Run:
                 "system": platform.system(),
                 "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             },
-            "options": {"ops": ops, "quick": self.quick, "threads": self.threads},
+            "options": {"ops": ops, "quick": self.quick, "threads": self.threads, "pages": pages()},
             "limits": {"units": UNITS, "before": first, "after": limits()},
             "parity": [_parity_record(found) for found in self.parities.values()],
             "rows": rows,

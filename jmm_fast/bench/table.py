@@ -14,7 +14,8 @@ def table(record: Mapping) -> Group:
     machine, limits = record["machine"], record["limits"]
     head = [
         f"{machine['cpu']}, {machine['cores']} cores, {record['options']['threads']} threads, "
-        f"instruction set {machine['isa'] or 'none (no C++ extension)'}, torch {record['versions']['torch']}",
+        f"instruction set {machine['isa'] or 'none (no C++ extension)'}, {record['options']['pages']} pages, "
+        f"torch {record['versions']['torch']}",
         "limits before and after: "
         + "; ".join(
             f"{name} {limits['before'][name]:.3g} and {limits['after'][name]:.3g} {unit}"

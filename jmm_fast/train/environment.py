@@ -47,14 +47,16 @@ def commit() -> str | None:
 
 
 def cpu_name() -> str:
-    """Model of the processor."""
+    """Model of the processor; family and number too, as virtual machines often tell no more than the brand."""
+    found = {}
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+            name, _, value = line.partition(":")
+            found.setdefault(name.strip(), value.strip())
     except OSError:
         pass
-    return platform.processor() or platform.machine()
+    name = found.get("model name") or platform.processor() or platform.machine()
+    return f"{name} (family {found['cpu family']}, model {found['model']})" if "cpu family" in found else name
 
 
 def device(name: str) -> torch.device:

@@ -11,6 +11,7 @@ from rich.console import Console
 from jmm_fast.bench import measure
 from jmm_fast.bench.case import Case
 from jmm_fast.bench.memory import MemoryOfCaseError
+from jmm_fast.bench.record import pages
 from jmm_fast.bench.rows import ROWS, Row
 from jmm_fast.bench.table import duration, table
 from jmm_fast.cli import main
@@ -48,6 +49,7 @@ def test_the_record_holds_what_a_reader_needs(tiny):
         "ops": ["motion_loss", "motion_mask", "clip_window"],
         "quick": True,
         "threads": torch.get_num_threads(),
+        "pages": pages(),
     }
     assert record["versions"]["torch"] == torch.__version__
     for moment in ("before", "after"):
@@ -179,11 +181,18 @@ def test_an_unknown_op_is_refused_before_anything_is_measured(monkeypatch):
         measure(["motion_loss", "nothing"])
 
 
-def test_the_command_prints_the_table_and_writes_the_record(tiny, capsys, tmp_path):
+def test_the_command_prints_the_table_and_writes_the_record(tiny, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")  # the command changes it; the test puts it back
     out = tmp_path / "record.json"
-    assert main(["bench", "token_grid", "motion_loss", "--quick", "--threads", "1", "--json", str(out)]) == 0
+    arguments = ["--quick", "--threads", "1", "--pages", "default", "--json", str(out)]
+    assert main(["bench", "token_grid", "motion_loss", *arguments]) == 0
     record = json.loads(out.read_text())
-    assert record["options"] == {"ops": ["token_grid", "motion_loss"], "quick": True, "threads": 1}
+    assert record["options"] == {
+        "ops": ["token_grid", "motion_loss"],
+        "quick": True,
+        "threads": 1,
+        "pages": "default",
+    }
     captured = capsys.readouterr()
     assert "token_grid" in captured.out and "reference" in captured.out and "limits before and after" in captured.out
     assert "motion_loss: full, float32, forward" in captured.err
