@@ -120,14 +120,36 @@ def _inspect(args: list[str]) -> None:
         "Inspect",
         [
             ("file", Annotated[Positional[Path], arg(help="clip store")]),
-            ("picture", Annotated[Path | None, arg(help="also draw some clips into this image file")], None),
+            (
+                "picture",
+                Annotated[Path | None, arg(help="also draw some clips (.png, .svg, .pdf)")],
+                None,
+            ),
+            ("page", Annotated[Path | None, arg(help="also write an HTML page: histograms, clips to play")], None),
+            ("log", Annotated[Path | None, arg(help="also write all notes on what was left out as text")], None),
         ],
         kw_only=True,
     )
     given = _parse(kind, args, "inspect", "What a clip store holds, and clips worth a look.")
-    from jmm_fast.data.inspect import inspect
+    from jmm_fast.data.inspect import inspect, log_lines
 
-    print(inspect(given.file, given.picture))
+    print(inspect(given.file))
+    if given.picture is not None or given.page is not None:
+        from jmm_fast.viz import contact_sheet, save, write_dataset_page
+    if given.picture is not None:
+        from jmm_fast.data import ClipStore
+
+        save(contact_sheet(ClipStore.open(given.file, check_values=False)), given.picture)
+        print(f"\npicture: {given.picture}")
+    if given.page is not None:
+        print(f"\npage: {write_dataset_page(given.file, given.page)}")
+    if given.log is not None:
+        from jmm_fast.data import ClipStore
+        from jmm_fast.files import atomic_write_text
+
+        lines = log_lines(ClipStore.open(given.file, check_values=False))
+        atomic_write_text(given.log, "".join(f"{line}\n" for line in lines))
+        print(f"\nlog: {given.log}, {len(lines)} lines")
 
 
 def _pretrain(args: list[str]) -> None:

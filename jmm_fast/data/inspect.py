@@ -1,5 +1,6 @@
-"""What a clip store holds, as text and as a picture: the body of ``jmm-fast inspect``."""
+"""What a clip store holds, as text: the body of ``jmm-fast inspect``. Its pictures are in ``jmm_fast.viz.dataset``."""
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -11,8 +12,6 @@ import torch
 from jmm_fast.data.scan import scan_clips
 from jmm_fast.data.splits import shorten
 from jmm_fast.data.store import ClipStore, describe
-from jmm_fast.errors import UserError
-from jmm_fast.files import atomic_path
 
 FAR = 20.0
 """Metres: beyond what a depth camera sees, so a larger coordinate hints at another unit."""
@@ -28,7 +27,9 @@ class Finding:
 
 
 def suspects(store: ClipStore) -> list[Finding]:
-    """Clips with NaN or infinity, with frames nobody is in, with coordinates beyond 20 m, or without any motion."""
+    """Clips with NaN or infinity, with frames nobody is in, with coordinates beyond 20 m, without any motion, or whose
+    poses are those of an earlier clip, number for number."""
+    twins = duplicates(store)
     frames = store.frames.numpy()
     edges = store.body_offsets.numpy()
     nonfinite, _, largest = scan_clips(frames, edges)
@@ -47,23 +48,64 @@ def suspects(store: ClipStore) -> list[Finding]:
             reason = f"{empty} frames without a body"
         elif not (rows[:, 1:] != rows[:, :-1]).any():
             reason = "nothing moves"
+        elif clip in twins:
+            reason = f"the same poses as {describe(twins[clip], store.names)}"
         if reason:
             found.append(Finding(clip=clip, name=describe(clip, store.names), reason=reason))
     return found
 
 
-def inspect(path: str | os.PathLike, picture: str | os.PathLike | None = None) -> str:
+def duplicates(store: ClipStore) -> dict[int, int]:
+    """Clips whose poses equal those of an earlier clip bit for bit -> that clip."""
+    frames = store.frames.numpy()
+    begins, ends = store.offsets[:-1].tolist(), store.offsets[1:].tolist()
+    alike: dict[tuple[int, bytes], list[int]] = {}
+    for clip, (begin, end) in enumerate(zip(begins, ends, strict=True)):
+        # Length and middle frame tell nearly all clips apart; only the others are read whole.
+        alike.setdefault((end - begin, frames[(begin + end) // 2].tobytes()), []).append(clip)
+    found: dict[int, int] = {}
+    for group in alike.values():
+        first: dict[bytes, int] = {}
+        for clip in group if len(group) > 1 else ():
+            digest = hashlib.sha256(np.ascontiguousarray(frames[begins[clip] : ends[clip]]).data).digest()
+            if first.setdefault(digest, clip) != clip:
+                found[clip] = first[digest]
+    return found
+
+
+def log_lines(store: ClipStore) -> list[str]:
+    """What was left out when the store was made, a line each: file, clip, body and why, as far as they apply."""
+    log = store.provenance.get("log")
+    if log is None:
+        return [f"{item['clip']}: {item['reason']}" for item in store.provenance.get("dropped", [])]
+    parts = ("file", "clip", "body")
+    return [
+        f"{', '.join(item[part] if part == 'file' else f'{part} {item[part]}' for part in parts if item[part])}: "
+        f"{item['reason']}"
+        for item in log
+    ]
+
+
+def length_histogram(store: ClipStore, bins: int = 12) -> list[tuple[int, int, int]]:
+    """Clips by length: ``(from, to, clips)`` in frames, both ends included, equally wide bins."""
+    lengths = store.lengths
+    low, high = int(lengths.min()), int(lengths.max())
+    width = max(1, -(-(high - low + 1) // bins))
+    counts = torch.bincount((lengths - low) // width).tolist()
+    return [(low + bin * width, min(high, low + (bin + 1) * width - 1), count) for bin, count in enumerate(counts)]
+
+
+def inspect(path: str | os.PathLike) -> str:
     """Describe a clip store: counts, lengths, classes, columns, splits, clips worth a look, origin.
 
     Args:
         path: the store.
-        picture: also draw some clips as stick figures into this file (needs matplotlib).
 
     Returns:
         The text, several lines.
 
     Raises:
-        UserError: not a readable store, or a picture is asked for and matplotlib is not installed.
+        UserError: not a readable store.
     """
     store = ClipStore.open(path, check_values=False)
     lengths, layout = store.lengths.double(), store.skeleton
@@ -82,6 +124,10 @@ def inspect(path: str | os.PathLike, picture: str | os.PathLike | None = None) -
         "  coordinates  "
         + ", ".join(f"{axis} {a:.2f}..{b:.2f}" for axis, a, b in zip("xyz", low, high, strict=True))
         + " m",
+        *_confidence(store),
+        "",
+        "clips by length, in frames",
+        *_lengths(store),
         "",
         f"classes ({store.num_classes})",
         *_classes(store),
@@ -93,12 +139,11 @@ def inspect(path: str | os.PathLike, picture: str | os.PathLike | None = None) -
         lines.append(f"  {name:<14} {len(parts['train'])} train, {len(parts['test'])} test")
     lines += ["", *_problems(store), "", "origin"]
     for name, value in store.provenance.items():
-        if name != "dropped":
+        if name not in ("dropped", "log", "warnings"):
+            if name == "options":
+                value = {option: held for option, held in value.items() if held not in (None, [], (), False)}
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             lines.append(f"  {name:<17} {shorten(text, 160)}")
-    if picture is not None:
-        draw(store, picture)
-        lines += ["", f"picture: {picture}"]
     return "\n".join(lines)
 
 
@@ -112,11 +157,17 @@ def _span(frames: torch.Tensor) -> tuple[list[float], list[float]]:
     return low.tolist(), high.tolist()
 
 
+def _lengths(store: ClipStore) -> list[str]:
+    bins = length_histogram(store)
+    most = max(count for *_, count in bins)
+    return [f"  {f'{begin}-{end}':>11} {count:>6} {_bar(count, most)}" for begin, end, count in bins]
+
+
 def _classes(store: ClipStore) -> list[str]:
     counts = torch.bincount(store.labels, minlength=store.num_classes).tolist()
     width = max(map(len, store.class_names))
     return [
-        f"  {label:>3} {name:<{width}} {count:>6}{'   (no clip)' if count == 0 else ''}"
+        f"  {label:>3} {name:<{width}} {count:>6} {_bar(count, max(counts)) or '  (no clip)'}"
         for label, (name, count) in enumerate(zip(store.class_names, counts, strict=True))
     ]
 
@@ -140,69 +191,34 @@ def _problems(store: ClipStore) -> list[str]:
     lines += [f"  {item.name}: {item.reason}" for item in found[:20]]
     if len(found) > 20:
         lines.append(f"  and {len(found) - 20} more")
-    dropped = store.provenance.get("dropped", [])
-    if dropped:
-        lines.append(f"left out when the store was made: {len(dropped)}")
-        lines += [f"  {item['clip']} {item['reason']}" for item in dropped[:20]]
-        if len(dropped) > 20:
-            lines.append(f"  and {len(dropped) - 20} more")
+    lines += [f"warning: {text}" for text in store.provenance.get("warnings", ())]
+    log = log_lines(store)
+    if log:
+        lines.append(f"left out when the store was made: {len(log)}")
+        lines += [f"  {line}" for line in log[:20]]
+        if len(log) > 20:
+            lines.append(f"  and {len(log) - 20} more: --log FILE writes them all")
     return lines
+
+
+def _confidence(store: ClipStore) -> list[str]:
+    if store.confidence is None:
+        return []
+    missing = (store.confidence == 0).double().mean(0)
+    text = ", ".join(
+        f"{name} {100 * share:.0f} %"
+        for name, share in zip(store.skeleton.joint_names, missing.tolist(), strict=True)
+        if share > 0.005
+    )
+    return [f"  missing      {shorten(text, 200) or 'no joint'}"]
+
+
+def _bar(count: int, most: int) -> str:
+    """A bar of at most 40 characters; the least that is there shows as one."""
+    return "#" * -(-40 * count // most)
 
 
 def _plural(count: int, word: str) -> str:
     if count == 1:
         return word
     return f"{word[:-1]}ies" if word.endswith("y") else f"{word}s"
-
-
-def draw(store: ClipStore, path: str | os.PathLike, classes: int = 12, frames: int = 9) -> None:
-    """One clip of each of the first ``classes`` classes as ``frames`` stick figures, seen from the front.
-
-    Left limbs are red, right limbs blue, the trunk black; further bodies are paler. One scale for the whole picture.
-
-    Raises:
-        UserError: matplotlib is not installed, or the file cannot be written.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.collections import LineCollection
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError('a picture needs matplotlib: pip install "jmm_fast[viz]"') from error
-    layout = store.skeleton
-    colour = {}
-    for left, right in layout.pairs:
-        colour[left], colour[right] = "#b3262d", "#2163a5"
-    bones = np.array(layout.bones)
-    chosen = [
-        (label, int(torch.nonzero(store.labels == label)[0]))
-        for label in range(store.num_classes)
-        if (store.labels == label).any()
-    ][:classes]
-    poses = {clip: store.clip(clip).numpy() for _, clip in chosen}
-    shown = {clip: np.linspace(0, body.shape[1] - 1, frames).round().astype(int) for clip, body in poses.items()}
-    # From the camera, whose x axis points to its left, about the first body's root.
-    planes = {
-        clip: np.nan_to_num((body - body[:1, :, layout.root : layout.root + 1])[:, shown[clip], :, :2] * (-1, 1))
-        for clip, body in poses.items()
-    }
-    reach = max(float(np.abs(plane[0]).max()) for plane in planes.values()) or 1.0
-    # One drawing area for all: a hundred small ones take matplotlib half a minute.
-    figure = Figure(figsize=(1.1 * frames, 1.4 * len(chosen)), layout="constrained")
-    axes = figure.add_subplot()
-    for row, (label, clip) in enumerate(chosen):
-        for number, body in enumerate(planes[clip]):
-            present = poses[clip][number, shown[clip]].any((1, 2))
-            place = np.stack([np.arange(frames) * 2 * reach, np.full(frames, -row * 2.5 * reach)], axis=1)
-            lines = (body[:, bones] + place[:, None, None])[present].reshape(-1, 2, 2)
-            colours = [colour.get(child, "#1b1f24") for child, _ in layout.bones] * int(present.sum())
-            axes.add_collection(LineCollection(lines, colors=colours, linewidths=1.2, alpha=0.5 if number else 1))
-        title = f"{store.class_names[label]} ({store.names[clip]})"
-        axes.text(-reach, (1.15 - row * 2.5) * reach, title, fontsize=7, parse_math=False)
-    axes.set_xlim(-1.1 * reach, (2 * frames - 1) * reach)
-    axes.set_ylim(-(2.5 * len(chosen) - 1.4) * reach, 1.4 * reach)
-    axes.set_aspect("equal")
-    axes.set_axis_off()
-    FigureCanvasAgg(figure)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=90)

@@ -1,4 +1,4 @@
-"""A clip with the mask that a run's settings draw for it, ready to be drawn or played."""
+"""Clips ready to be drawn or played, alone or with the mask that a run's settings draw for them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,28 +16,49 @@ _ABSENT = object()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MaskedClip:
-    """All bodies of one clip and their masks.
+class PlayedClip:
+    """All bodies of one clip.
 
     Attributes:
         index, name, class_name: which clip of the store, what it is called, what it shows.
         poses: float32 ``[bodies, T, V, 3]``, metres, y up.
-        probability: float32 ``[bodies, L]``, each body's adding up to one.
-        mask: bool ``[bodies, L]``, True = hidden.
-        t_patch: frames per token.
         skeleton: joint names and bones.
-        seconds: length of the clip before it was resampled to ``T`` frames.
+        seconds: length of the recording, however many frames ``T`` it is shown in.
     """
 
     index: int
     name: str
     class_name: str
     poses: np.ndarray
+    skeleton: Skeleton
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaskedClip(PlayedClip):
+    """A clip and the masks of its bodies.
+
+    Attributes:
+        probability: float32 ``[bodies, L]``, each body's adding up to one.
+        mask: bool ``[bodies, L]``, True = hidden.
+        t_patch: frames per token.
+    """
+
     probability: np.ndarray
     mask: np.ndarray
     t_patch: int
-    skeleton: Skeleton
-    seconds: float
+
+
+def played_clip(store: ClipStore, clip: int) -> PlayedClip:
+    """Clip ``clip`` of ``store`` frame by frame as it is stored."""
+    return PlayedClip(
+        index=clip,
+        name=store.names[clip],
+        class_name=store.class_names[int(store.labels[clip])],
+        poses=np.nan_to_num(store.clip(clip).numpy()),  # a set that is looked at may hold what training refuses
+        skeleton=store.skeleton,
+        seconds=int(store.lengths[clip]) / store.fps,
+    )
 
 
 def masked_clip_of_run(run: str | Path, store: ClipStore, clip: int, *, epoch: int = 0) -> MaskedClip:

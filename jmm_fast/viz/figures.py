@@ -12,7 +12,6 @@ from jmm_fast.viz.records import Predictions, read_predictions, read_training, r
 
 # More points than this cannot be told apart at the width of a page and only make the file large.
 _CURVE_POINTS = 1500
-_LONGEST_LABEL = 40
 _FRONT_TURN = np.deg2rad(30)
 
 
@@ -98,7 +97,7 @@ def confusion_matrix(predictions: str | Path | Mapping | Predictions, *, title: 
     support = counts.sum(axis=1)
     classes = len(data.class_names)
     share = np.divide(counts, support[:, None], out=np.zeros(counts.shape), where=support[:, None] > 0)
-    names = [_shorten(name) for name in data.class_names]
+    names = [style.short_label(name) for name in data.class_names]
 
     cell = 0.46 if classes <= 12 else 0.34 if classes <= 24 else 0.17 if classes <= 60 else 0.125
     font = min(9.0, cell * 72 * 0.62) if classes > 24 else 9.0
@@ -182,7 +181,7 @@ def class_accuracy(predictions: Mapping[str, str | Path | Mapping | Predictions]
     accuracy = np.stack([data.class_accuracy for data in read.values()])
     tested = np.flatnonzero(~np.isnan(accuracy[0]))
     order = tested[np.argsort(-accuracy[0, tested], kind="stable")]
-    names = [_shorten(first.class_names[index]) for index in order]
+    names = [style.short_label(first.class_names[index]) for index in order]
 
     row = 0.24
     left = 0.45 + max(len(name) for name in names) * 9 * 0.56 / 72
@@ -497,11 +496,3 @@ def _headline(figure, title: str, note: str, *, left: float = 0.75, stacked: boo
         figure.text(left / width, 1 - 0.5 / height, note, fontsize=8, color=style.MUTED, va="baseline")
     elif note:
         figure.text(left / width, 1 - 0.45 / height, note, fontsize=8, color=style.MUTED, va="baseline")
-
-
-def _shorten(name: str) -> str:
-    """A label that fits; the middle goes, as names of a data set often differ at their ends alone."""
-    if len(name) <= _LONGEST_LABEL:
-        return name
-    tail = _LONGEST_LABEL // 2 - 1
-    return name[: _LONGEST_LABEL - tail - 1].rstrip() + "…" + name[-tail:].lstrip()

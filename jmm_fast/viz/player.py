@@ -7,11 +7,17 @@ from collections.abc import Sequence
 import numpy as np
 
 from jmm_fast.viz import style
-from jmm_fast.viz.clips import MaskedClip
+from jmm_fast.viz.clips import MaskedClip, PlayedClip
 from jmm_fast.viz.figures import limb_order, view_yaw
 
 
-def player_data(clips: Sequence[MaskedClip]) -> str:
+def player(clips: Sequence[PlayedClip]) -> str:
+    """Markup and script that play ``clips``; one player a page. Masked clips show their weights and masks too."""
+    data = f'<script type="application/json" id="player-data">{player_data(clips)}</script>'
+    return f"{MARKUP}{data}<script>{SCRIPT}</script>"
+
+
+def player_data(clips: Sequence[PlayedClip]) -> str:
     """JSON for :data:`SCRIPT`, safe inside a ``<script>`` element.
 
     Poses become int16 steps of a clip's largest coordinate / 32767 (well below a millimetre for a room), weights uint8
@@ -20,33 +26,33 @@ def player_data(clips: Sequence[MaskedClip]) -> str:
     return json.dumps([_clip(clip) for clip in clips], separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _clip(clip: MaskedClip) -> dict:
-    bodies, frames, joints, _ = clip.poses.shape
-    weight = clip.probability * clip.probability.shape[1]
-    factor = style.weight_range(weight)
+def _clip(clip: PlayedClip) -> dict:
+    frames, joints = clip.poses.shape[1:3]
     unit = max(float(np.abs(clip.poses).max()), 1e-6) / 32767
+    bodies = [{"poses": _base64(np.round(poses / unit).astype("<i2"))} for poses in clip.poses]
+    mask = {}
+    if isinstance(clip, MaskedClip):
+        weight = clip.probability * clip.probability.shape[1]
+        factor = style.weight_range(weight)
+        mask = {"patch": clip.t_patch, "factor": factor}
+        for body, held in enumerate(bodies):
+            place = style.weight_position(weight[body], factor)
+            held["weight"] = _base64(np.round(place * 255).astype(np.uint8))
+            held["hidden"] = _base64(clip.mask[body].astype(np.uint8))
     return {
         "title": clip.class_name,
         "name": clip.name,
         "seconds": clip.seconds,
         "frames": frames,
         "joints": joints,
-        "patch": clip.t_patch,
         "bones": clip.skeleton.bones,
         "names": [name.replace("_", " ") for name in clip.skeleton.joint_names],
         "rows": limb_order(clip.skeleton),
         # All bodies side by side as joints: people who do something together are then seen apart.
         "yaw": view_yaw(np.concatenate(list(clip.poses), axis=1).astype(np.float64), clip.skeleton),
-        "factor": factor,
         "unit": unit,
-        "bodies": [
-            {
-                "poses": _base64(np.round(clip.poses[body] / unit).astype("<i2")),
-                "weight": _base64(np.round(style.weight_position(weight[body], factor) * 255).astype(np.uint8)),
-                "hidden": _base64(clip.mask[body].astype(np.uint8)),
-            }
-            for body in range(bodies)
-        ],
+        "bodies": bodies,
+        **mask,
     }
 
 
@@ -57,6 +63,7 @@ def _base64(array: np.ndarray) -> str:
 STYLE = """
 .player { border-top: 1px solid var(--hairline); padding-top: .8rem; }
 .player canvas { display: block; width: 100%; touch-action: pan-y; }
+.player canvas[hidden] { display: none; }
 .player .stage { cursor: grab; outline-offset: 2px; }
 .player .stage:active { cursor: grabbing; }
 .player .grid { cursor: crosshair; margin-top: .4rem; }
@@ -79,7 +86,7 @@ MARKUP = """
   <div class="bar"><button class="play" type="button">Play</button>
     <input type="range" min="0" step="1" value="0" aria-label="time"><span class="clock"></span></div>
   <canvas class="grid" aria-label="masking weight of each joint over time"></canvas>
-  <p class="said">Drag to turn, double-click to turn back, point at a joint or a cell to read it.</p>
+  <p class="said">Drag to turn, double-click to turn back, point at a joint to read it.</p>
 </div>
 """
 
@@ -97,7 +104,7 @@ SCRIPT = (
   const clips = JSON.parse(document.getElementById("player-data").textContent);
   for (const clip of clips) for (const body of clip.bodies) {
     body.poses = new Int16Array(bytes(body.poses).buffer);
-    body.weight = bytes(body.weight); body.hidden = bytes(body.hidden);
+    if (clip.patch) { body.weight = bytes(body.weight); body.hidden = bytes(body.hidden); }
   }
   const root = document.getElementById("player");
   const [stage, grid] = root.querySelectorAll("canvas");
@@ -176,22 +183,25 @@ SCRIPT = (
         pen.strokeStyle = bone; pen.lineWidth = dot * .65;
         pen.moveTo(thing[2][0], thing[2][1]); pen.lineTo(thing[3][0], thing[3][1]); pen.stroke();
       } else {
-        const [, , [x, y], body, v] = thing, l = token(frame, v), gone = body.hidden[l];
+        const [, , [x, y], body, v] = thing, l = token(frame, v);
         pen.arc(x, y, dot, 0, 7);
-        pen.fillStyle = color(body.weight[l]); pen.fill();
+        pen.fillStyle = clip.patch ? color(body.weight[l]) : dark; pen.fill();
         pen.strokeStyle = paper; pen.lineWidth = 1; pen.stroke();
-        if (gone) continue;
+        if (!clip.patch || body.hidden[l]) continue;
         pen.beginPath(); pen.arc(x, y, dot + 3.2, 0, 7); pen.strokeStyle = dark; pen.lineWidth = 1.8; pen.stroke();
       }
     }
     slider.value = frame;
     clock.textContent = (frame / clip.frames * clip.seconds).toFixed(1) + " of " + clip.seconds.toFixed(1) + " s";
+    if (!clip.patch) return;
     const [top, wide, high] = [grid.getContext("2d"), grid.clientWidth, grid.clientHeight];
     top.clearRect(0, 0, wide, high); top.drawImage(cells, 0, 0, wide, high);
     top.fillStyle = "#000"; top.fillRect((frame + .5) / clip.frames * wide - 1, 0, 2, high);
   }
 
   function drawGrid() {
+    grid.hidden = !clip.patch;
+    if (!clip.patch) return;
     const steps = clip.frames / clip.patch, gap = 10, one = clip.joints * 6;
     const [pen, width, height] = fit(grid, one * clip.bodies.length + gap * (clip.bodies.length - 1));
     clip.bodies.forEach((body, which) => clip.rows.forEach((v, row) => {
@@ -210,11 +220,13 @@ SCRIPT = (
   }
 
   const tell = (which, t, v) => {
+    said.textContent = (clip.bodies.length > 1 ? "body " + (which + 1) + ", " : "") + clip.names[v];
+    if (!clip.patch) return;
     const body = clip.bodies[which], l = t * clip.joints + v;
     const weight = clip.factor ** (body.weight[l] / 127.5 - 1);
-    said.textContent = (clip.bodies.length > 1 ? "body " + (which + 1) + ", " : "") + clip.names[v] + ", " +
-      (t * clip.patch / clip.frames * clip.seconds).toFixed(1) + " s: weight " + weight.toFixed(2) +
-      " × average, " + (body.hidden[l] ? "masked" : "visible to the encoder");
+    const seconds = (t * clip.patch / clip.frames * clip.seconds).toFixed(1);
+    said.textContent += ", " + seconds + " s: weight " + weight.toFixed(2) + " × average, " +
+      (body.hidden[l] ? "masked" : "visible to the encoder");
   };
 
   function tick(now) {

@@ -14,6 +14,7 @@ from jmm_fast.errors import UserError
 from jmm_fast.files import atomic_write_text
 from jmm_fast.viz import figures, player, style
 from jmm_fast.viz.clips import MaskedClip, masked_clip_of_run, typical_clips
+from jmm_fast.viz.page import facts, page, section
 from jmm_fast.viz.records import (
     Predictions,
     read_config,
@@ -61,7 +62,7 @@ def write_report(run: str | Path, out: str | Path | None = None, store: str | Pa
         *_clips(run, config, clips_store),
     ]
     title = f"{config.get('recipe', 'run')} · {run.resolve().name}"
-    atomic_write_text(out, _page(title, _lead(config, evaluations, clips_store), sections))
+    atomic_write_text(out, page("jmm_fast run report", title, _lead(config, evaluations, clips_store), sections))
     return out
 
 
@@ -158,17 +159,13 @@ def _what_was_run(run: Path, config: dict, environment: dict, store: ClipStore |
     seconds = _training_seconds(run)
     if seconds is not None:
         rows.append(("Training time", _duration(seconds)))
-    body = (
-        '<dl class="facts">'
-        + "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in rows)
-        + "</dl>"
-    )
+    body = facts(rows)
     command = environment.get("command")
     if command:
         body += f"<pre>{escape(_command_line(command))}</pre>"
     if not rows:
         body = _missing("This folder holds no settings.", "jmm-fast pretrain RECIPE --data FILE --out RUN")
-    return _section("What was run", body)
+    return section("What was run", body)
 
 
 def _command_line(command: object) -> str:
@@ -192,7 +189,7 @@ def _split_words(name: str | None, store: ClipStore | None) -> str:
 
 def _training(run: Path, config: dict) -> str:
     if not (run / "metrics.jsonl").exists():
-        return _section(
+        return section(
             "Pretraining", _missing("There is no training log yet.", f"jmm-fast pretrain RECIPE --out {run}")
         )
     log = read_training(run)
@@ -206,14 +203,14 @@ def _training(run: Path, config: dict) -> str:
         if len(finite)
         else "No logged loss is finite."
     )
-    return _section("Pretraining", f"<p>{escape(words)}</p>{drawn}")
+    return section("Pretraining", f"<p>{escape(words)}</p>{drawn}")
 
 
 def _evaluation(run: Path, evaluations: Sequence[dict], environment: dict) -> str:
     records = _latest(evaluations)
     data = (environment.get("data") or {}).get("path") or "FILE"
     if not records:
-        return _section("Evaluation", _missing("Nothing was evaluated yet.", f"jmm-fast probe {run} --data {data}"))
+        return section("Evaluation", _missing("Nothing was evaluated yet.", f"jmm-fast probe {run} --data {data}"))
     encoders = [name for name in _ENCODERS if any(_encoder(record) == name for record in records)]
     encoders += sorted({_encoder(record) for record in records} - set(encoders))
     groups: dict[tuple, list[dict]] = {}
@@ -271,7 +268,7 @@ def _evaluation(run: Path, evaluations: Sequence[dict], environment: dict) -> st
         elif (protocol, baseline) not in done:
             what = f"Nothing to compare with: {_PROTOCOLS[protocol]}, {_encoder_title(baseline)}."
             hints.append(_missing(what, f"{call} --encoder {baseline}"))
-    return _section("Evaluation", words + table + "".join(hints))
+    return section("Evaluation", words + table + "".join(hints))
 
 
 def _encoder(record: dict) -> str:
@@ -326,7 +323,7 @@ def _classes(run: Path) -> str:
     found = {path.stem: read_predictions(path) for path in sorted((run / "predictions").glob("*.npz"))}
     if not found:
         hint = _missing("No predictions are kept here yet.", f"jmm-fast probe {run} --data FILE")
-        return _section("Which classes it knows", hint)
+        return section("Which classes it knows", hint)
     preferred = [name for protocol in _PROTOCOLS for name in found if name == f"{protocol}-pretrained"]
     main = (preferred or list(found))[0]
     data = found[main]
@@ -343,7 +340,7 @@ def _classes(run: Path) -> str:
     shown = {_title_of(name): item for name, item in list(companions.items())[:3]}
     body += _figure(figures.class_accuracy(shown), run, "classes")
     body += _confusions(data)
-    return _section("Which classes it knows", body)
+    return section("Which classes it knows", body)
 
 
 def _title_of(stem: str) -> str:
@@ -387,7 +384,7 @@ def _clips(run: Path, config: dict, store: ClipStore | None) -> list[str]:
         return []
     if store is None:
         hint = "The clips this run was trained on do not lie where they did."
-        return [_section("What the mask hides", _missing(hint, f"jmm-fast report {run} --data FILE"))]
+        return [section("What the mask hides", _missing(hint, f"jmm-fast report {run} --data FILE"))]
     clips = [masked_clip_of_run(run, store, clip) for clip in typical_clips(store, PLAYED_CLIPS)]
     first = clips[0]
     tokens = first.mask.shape[1]
@@ -404,10 +401,9 @@ def _clips(run: Path, config: dict, store: ClipStore | None) -> list[str]:
     shown = (
         "<p>Clips in motion, at their own speed, with the mask of the run's first epoch. The strip below holds one row "
         "per joint; click into it to jump there.</p>"
-        f'{player.MARKUP}<script type="application/json" id="player-data">{player.player_data(clips)}</script>'
-        f"<script>{player.SCRIPT}</script>"
+        f"{player.player(clips)}"
     )
-    return [_section("What the mask hides", words + drawn), _section("Clips to turn around", shown)]
+    return [section("What the mask hides", words + drawn), section("Clips to turn around", shown)]
 
 
 def _clip_figure(clip: MaskedClip, run: Path) -> str:
@@ -465,32 +461,6 @@ def _missing(what: str, command: str) -> str:
     return f'<p class="missing">{escape(what)} To get it: <code>{escape(command)}</code></p>'
 
 
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{body}</section>"
-
-
-def _page(title: str, lead: str, sections: Sequence[str]) -> str:
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:">
-<title>{escape(title)}</title>
-<style>{_STYLE}{player.STYLE}</style>
-</head>
-<body>
-<main>
-<header><p class="kicker">jmm_fast run report</p><h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p></header>
-{"".join(sections)}
-</main>
-</body>
-</html>
-"""
-
-
 _MASK_WORDS = {
     "released": "The draw prefers joints that move much from one token to the next.",
     "mamp": "The draw prefers joints that move much from one token to the next.",
@@ -500,44 +470,3 @@ _MASK_WORDS = {
         "drops."
     ),
 }
-
-_STYLE = """
-:root { --sans: "Helvetica Neue", Helvetica, Arial, "Liberation Sans", sans-serif;
-  --serif: Charter, "Iowan Old Style", "Source Serif Pro", Georgia, serif;
-  --page: #fcfbf8; --ink: #1b1f24; --muted: #646b75; --hairline: #d8d9d6; --bone: #8d959f; --paper: #fcfbf8;
-  --blue: #2163a5; --mark: #9aa2ad; }
-@media (prefers-color-scheme: dark) { :root { --page: #15181c; --ink: #e8e6e1; --muted: #9ea5ae; --hairline: #343a42;
-  --bone: #7d8690; --paper: #15181c; --blue: #6ea8e0; --mark: #6b737e; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 17px/1.55 var(--serif); }
-main { max-width: 1080px; margin: 0 auto; padding: 3.5rem 1.4rem 5rem; }
-header { border-bottom: 2px solid var(--ink); padding-bottom: 1.4rem; }
-.kicker { font: 600 .8rem/1 var(--sans); letter-spacing: .04em; color: var(--muted); margin: 0 0 .8rem; }
-h1 { font-size: 2.3rem; line-height: 1.12; margin: 0 0 .8rem; font-weight: 600; overflow-wrap: anywhere; }
-h2 { font-size: 1.45rem; font-weight: 600; margin: 0 0 .8rem; }
-h3 { font-size: 1.05rem; margin: 2rem 0 .5rem; }
-.lead { font-size: 1.15rem; line-height: 1.5; max-width: 42rem; margin: 0; }
-section { padding-top: 2.6rem; }
-section > p { max-width: 42rem; margin: 0 0 1.1rem; }
-figure { margin: 1.2rem 0 2rem; }
-figure svg { display: block; width: 100%; height: auto; min-width: 620px; overflow: visible; }
-.wide { overflow-x: auto; }
-dl.facts { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.6rem; margin: 0 0 1rem;
-  font: .88rem/1.5 var(--sans); }
-dl.facts dt { color: var(--muted); } dl.facts dd { margin: 0; overflow-wrap: anywhere; }
-pre, code { font: .82rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-pre { border-left: 3px solid var(--hairline); padding: .3rem 0 .3rem .9rem; white-space: pre-wrap;
-  overflow-wrap: anywhere; }
-table { border-collapse: collapse; font: .9rem/1.4 var(--sans); min-width: 32rem; }
-th, td { text-align: left; padding: .5rem 1.6rem .5rem 0; border-bottom: 1px solid var(--hairline);
-  vertical-align: top; font-weight: 400; }
-thead th { color: var(--muted); font-size: .8rem; border-bottom-color: var(--ink); }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.sub { display: block; color: var(--muted); font-size: .78rem; }
-.none, .small { color: var(--muted); } .small { font-size: .78rem; }
-.missing { color: var(--muted); font-style: italic; margin: .8rem 0; }
-.missing code { display: block; font-style: normal; color: var(--ink); }
-@media (max-width: 640px) { body { font-size: 16px; } main { padding-top: 2rem; } h1 { font-size: 1.8rem; }
-  dl.facts { grid-template-columns: 1fr; gap: 0; } dl.facts dd { margin-bottom: .5rem; } }
-@media print { .player { display: none; } }
-"""

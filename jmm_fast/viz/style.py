@@ -42,7 +42,17 @@ CSS_VARIABLES = {
 # Blue below the average, neutral at it, red above; none of them vanishes on white or on near-black paper.
 WEIGHT_STOPS = ("#2f6fb0", "#8caecb", "#c6c5c1", "#de9068", "#b3262d")
 
+_LONGEST_LABEL = 40
+
 _FONTS = ("Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans")
+
+
+def short_label(name: str) -> str:
+    """A label that fits; the middle goes, as names of a data set often differ at their ends alone."""
+    if len(name) <= _LONGEST_LABEL:
+        return name
+    tail = _LONGEST_LABEL // 2 - 1
+    return name[: _LONGEST_LABEL - tail - 1].rstrip() + "…" + name[-tail:].lstrip()
 
 
 def require_matplotlib() -> None:

@@ -1,14 +1,9 @@
-import importlib.util
-import sys
-
 import numpy as np
 import pytest
 
 from jmm_fast.data import ClipStore, write_store
-from jmm_fast.data.inspect import inspect, suspects
+from jmm_fast.data.inspect import duplicates, inspect, length_histogram, log_lines, suspects
 from jmm_fast.errors import UserError
-
-HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 
 
 @pytest.fixture
@@ -36,7 +31,7 @@ def test_text(path):
         "xsub           3 train, 1 test",
         "clips worth a look: none",
         "left out when the store was made: 1",
-        "clip 9 (z) has no class",
+        "clip 9 (z): has no class",
         f"data hash    {ClipStore.open(path).fingerprint[:16]}",
     ):
         assert line in text, text
@@ -60,22 +55,35 @@ def test_suspects(tmp_path, make_contents):
     assert "clips worth a look: 4" in inspect(tmp_path / "clips")
 
 
-@pytest.mark.skipif(not HAS_MATPLOTLIB, reason="matplotlib is not installed")
-def test_picture(path, tmp_path):
-    text = inspect(path, tmp_path / "sheet.png")
-    assert text.endswith(f"picture: {tmp_path / 'sheet.png'}")
-    assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
-    from matplotlib.image import imread
+def test_duplicates_and_histogram(tmp_path, make_contents):
+    contents = make_contents(sizes=[5, 9, 5, 5, 30], bodies=[1] * 5)
+    contents.frames[14:19] = contents.frames[:5]
+    contents.frames[19 + 2] = contents.frames[2]  # as long, and alike in the middle frame alone
+    write_store(tmp_path / "clips", contents)
+    store = ClipStore.open(tmp_path / "clips")
+    assert duplicates(store) == {2: 0}
+    assert [item.reason for item in suspects(store)] == ["the same poses as clip 0"]
+    assert length_histogram(store, 2) == [(5, 17, 4), (18, 30, 1)]
+    assert sum(count for *_, count in length_histogram(store)) == 5
 
-    pixels = imread(tmp_path / "sheet.png")[..., :3]
-    assert pixels.shape[0] > 100 and (pixels < 0.5).any(-1).mean() > 0.001
 
-
-def test_picture_without_matplotlib(path, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(UserError, match=r"a picture needs matplotlib: pip install"):
-        inspect(path, tmp_path / "sheet.png")
-    assert not (tmp_path / "sheet.png").exists()
+def test_log(tmp_path, make_contents):
+    log = [
+        {"file": "a.txt", "clip": "one", "body": "7", "reason": "moves too little"},
+        {"file": "b.txt", "clip": "", "body": "", "reason": "line 3: expected 25 joints, got 24"},
+    ]
+    contents = make_contents(provenance={"reader": "made", "log": log, "warnings": ["xsub has 3 clips"]})
+    contents.confidence = np.ones((len(contents.frames), 25), np.float16)
+    contents.confidence[:, 3] = 0
+    write_store(tmp_path / "clips", contents)
+    assert log_lines(ClipStore.open(tmp_path / "clips")) == [
+        "a.txt, clip one, body 7: moves too little",
+        "b.txt: line 3: expected 25 joints, got 24",
+    ]
+    text = inspect(tmp_path / "clips")
+    assert "left out when the store was made: 2" in text and "a.txt, clip one, body 7: moves too little" in text
+    assert "warning: xsub has 3 clips" in text
+    assert "missing      head 100 %" in text
 
 
 def test_bad_file(tmp_path):
