@@ -46,7 +46,8 @@ test: lint
 # are not looked for: Python and torch keep memory until they end. torch.compile would build with the sanitizers loaded
 # into the compiler, and the test of memory use would measure theirs.
 SANITIZED := build/sanitize
-NATIVE_TESTS := tests/test_host.py $(wildcard tests/ops/test_*_cpu.py) -k "not compile and not memory_does_not_grow"
+NATIVE_TESTS := tests/test_host.py $(wildcard tests/ops/test_*_cpu.py)
+NATIVE_CHOICE := not compile and not memory_does_not_grow
 
 sanitize: install
 	JMM_FAST_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib $(SANITIZED)
@@ -54,9 +55,11 @@ sanitize: install
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
 	PYTHONPATH=$(SANITIZED) PYTHONSAFEPATH=1 \
-	$(BIN)/python -m pytest -q --capture=sys -p no:cacheprovider $(NATIVE_TESTS)
+	$(BIN)/python -m pytest -q --capture=sys -p no:cacheprovider $(NATIVE_TESTS) -k "$(NATIVE_CHOICE)"
 
-# The wheel on an emulated processor without AVX-512: an instruction that it does not have ends the program.
+# The wheel on an emulated processor without AVX-512: an instruction that it does not have ends the program. The emulator
+# reads the whole vector of a load under a mask, which a processor does not: tests that protect the page behind a tensor
+# crash there for that alone.
 EMULATED := build/emulated
 EMULATOR := qemu-x86_64 -cpu Haswell
 
@@ -66,7 +69,7 @@ emulate: install
 	$(BIN)/pip wheel --disable-pip-version-check -q --no-build-isolation --no-deps -w $(EMULATED)/wheel .
 	$(BIN)/pip install --disable-pip-version-check -q --no-deps --target $(EMULATED)/site $(EMULATED)/wheel/*.whl
 	PYTHONPATH=$(EMULATED)/site PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 \
-	$(EMULATOR) $(BIN)/python -m pytest -q -p no:cacheprovider $(NATIVE_TESTS)
+	$(EMULATOR) $(BIN)/python -m pytest -q -p no:cacheprovider $(NATIVE_TESTS) -k "$(NATIVE_CHOICE) and not behind_the_last"
 
 # Both records of bench/results: the table in pairs, and every case by itself. About twelve quiet minutes.
 bench: install
