@@ -3,9 +3,12 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
 #include <string>
+#include <string_view>
 
 #include "host/scan_clips.h"
+#include "host/text_rows.h"
 
 namespace py = pybind11;
 
@@ -59,6 +62,21 @@ py::tuple scan_clips(const py::object& frames_in, const py::object& offsets_in, 
   return py::make_tuple(nonfinite, zero_frames, max_abs);
 }
 
+py::array_t<float> parse_rows(const py::bytes& data, int64_t columns) {
+  if (columns < 1) throw py::value_error("columns must be at least 1, got " + std::to_string(columns));
+  const std::string_view text(data);
+  py::array_t<float> out({jmm_fast::row_capacity(text, columns), columns});
+  int64_t rows;
+  {
+    float* values = out.mutable_data();
+    const py::gil_scoped_release release;
+    rows = jmm_fast::parse_rows(text, columns, values);
+  }
+  // Whatever was not refused fills its room.
+  if (rows != out.shape(0)) throw std::logic_error("parse_rows counted its rows wrongly");
+  return out;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, module) {
@@ -79,4 +97,18 @@ Raises:
     ValueError: a wrong type or shape, or offsets that decrease or leave the rows.
 
 The result does not depend on the number of threads. The interpreter lock is released meanwhile.)");
+  module.def("parse_rows", &parse_rows, py::arg("data"), py::arg("columns"),
+             R"(Numbers of a text, a line a row.
+
+Args:
+    data: bytes; numbers between blanks or single commas, lines end in LF or CRLF, blank lines at the end do not count.
+    columns: numbers in every row.
+
+Returns:
+    float32 [rows, columns], rounded to double and then to float as numpy does; nan and inf are numbers.
+
+Raises:
+    ValueError: says which line is not `columns` numbers and why.
+
+The interpreter lock is released meanwhile.)");
 }

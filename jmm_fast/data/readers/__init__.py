@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jmm_fast.data.collect import ClipSource, collect, first_clip
-from jmm_fast.data.readers import common, npz, ragged, synthetic
+from jmm_fast.data.readers import common, npz, pku, ragged, synthetic, table, uiprmd
 from jmm_fast.data.store import ClipStore, StoreContents, write_store
 from jmm_fast.errors import UserError
 
@@ -46,6 +46,30 @@ READERS = {
             help="dense .npz of MAMP, CTR-GCN, JMM-TGT: x_train, y_train, x_test, y_test, zero padded",
             options=npz.NpzOptions,
             read=npz.read,
+        ),
+        Reader(
+            name="pku1",
+            help="PKU-MMD phase 1: folder or .zip with skeleton/, label/ and cross_subject.txt, cross_view.txt",
+            options=pku.PkuOptions,
+            open=pku.open_phase1,
+        ),
+        Reader(
+            name="pku2",
+            help="PKU-MMD phase 2: the same with videos named A01N01-L and split files ..._v2.txt",
+            options=pku.PkuOptions,
+            open=pku.open_phase2,
+        ),
+        Reader(
+            name="uiprmd",
+            help="UI-PRMD, Kinect part: folder or .zip with mMM_sSS_eEE_positions.txt and ..._angles.txt",
+            options=uiprmd.UiprmdOptions,
+            open=uiprmd.UiprmdSource,
+        ),
+        Reader(
+            name="folder",
+            help="folder or .zip of one .npy or .csv file a clip, described by a small clips.yaml",
+            options=table.FolderOptions,
+            open=table.FolderSource,
         ),
         Reader(
             name="synthetic",
