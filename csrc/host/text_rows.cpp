@@ -128,7 +128,7 @@ int64_t row_capacity(std::string_view text, int64_t columns) {
   // memchr is faster than a count, as lines are long.
   for (size_t at = 0; (at = body.find('\n', at)) != body.npos; ++at) ++lines;
   // A row takes a character and what ends it for each number; only the row at which reading stops can be shorter.
-  return std::min(lines, (static_cast<int64_t>(body.size()) + 1) / (2 * columns) + 1);
+  return std::min(lines, (static_cast<int64_t>(body.size()) + 1) / 2 / columns + 1);
 }
 
 int64_t parse_rows(std::string_view text, int64_t columns, float* out) {

@@ -115,7 +115,11 @@ class UiprmdSource:
         return next((self._by_name[path] for path in paths if path in self._by_name), None)
 
     def _rows(self, file: SourceFile) -> np.ndarray:
-        return parse_rows(self._tree.read(file), 66).reshape(-1, 22, 3)
+        rows = parse_rows(self._tree.read(file), 66)
+        bad = ~np.isfinite(rows).all(axis=1)
+        if bad.any():
+            raise UserError(f"line {int(np.argmax(bad)) + 1}: expected 66 numbers, got NaN or infinity among them")
+        return rows.reshape(-1, 22, 3)
 
 
 def forward(offsets: np.ndarray, angles: np.ndarray) -> np.ndarray:
