@@ -30,6 +30,7 @@ import csv
 import io
 import math
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -78,16 +79,16 @@ class FolderSource:
         self._center = options.center
         if options.describe is not None:
             where, folder = str(options.describe), Path(options.describe).parent
-            try:
-                data = Path(options.describe).read_bytes()
-            except OSError as error:
-                raise UserError(f"{where}: {error.strerror or error}") from None
+            held = Path(options.describe).read_bytes
         else:
             where, folder = f"{path}: clips.yaml", None
             held = self._tree.beside("clips.yaml")
             if held is None:
                 raise UserError(f"{path}: there is no clips.yaml, which says what the files hold (or --describe FILE)")
+        try:
             data = held()
+        except (OSError, UserError) as error:
+            raise UserError(f"{where}: {getattr(error, 'strerror', None) or error}") from None
         told = _Told(where, _yaml(where, data), _FIELDS, "")
         self.fps = told.number("fps")
         if not (math.isfinite(self.fps) and self.fps > 0):
@@ -163,7 +164,8 @@ class _Told:
                 raise UserError(f"{where}: unknown field {prefix}{name}: expected {', '.join(known)}")
 
     def refuse(self, name: str, expected: str) -> None:
-        got = repr(self.fields[name])[:60] if name in self.fields else "nothing"
+        # Shortened as it is made: what a few aliases of YAML stand for may be endless.
+        got = reprlib.repr(self.fields[name]) if name in self.fields else "nothing"
         raise UserError(f"{self.where}: {self.prefix}{name} must be {expected}, got {got}")
 
     def number(self, name: str) -> float:
@@ -326,7 +328,7 @@ def _array(data: bytes, joints: int) -> np.ndarray:
     if array.dtype.kind not in "fiu" or not shaped:
         raise UserError(f"expected float {expected}, got {array.dtype} {list(array.shape)}")
     with np.errstate(over="ignore"):
-        frames = array.astype(np.float32).reshape(len(array), -1, joints, 3)
+        frames = array.astype(np.float32).reshape(len(array), array.shape[1] if array.ndim == 4 else 1, joints, 3)
     return np.ascontiguousarray(frames.transpose(1, 0, 2, 3))
 
 
