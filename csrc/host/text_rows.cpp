@@ -23,6 +23,12 @@ bool is_blank(char c) { return c == ' ' || (c >= '\t' && c <= '\r' && c != '\n')
 
 bool ends_token(char c) { return c == ',' || c == '\n' || is_blank(c); }
 
+/// Exact but for the one rounding of the division while `mantissa` has at most 15 digits and `decimals` are at most 22.
+double divided(uint64_t mantissa, int64_t decimals, bool negative) {
+  // Signs are as good as random: no branch on them.
+  return static_cast<double>(static_cast<int64_t>(mantissa)) / kPowers[decimals] * kSigns[negative];
+}
+
 /// Appends the digits at `p` to `mantissa`, which is right for up to 19 of them; returns how many there are.
 int64_t read_digits(const char*& p, const char* end, uint64_t& mantissa) {
   const char* const begin = p;
@@ -33,40 +39,35 @@ int64_t read_digits(const char*& p, const char* end, uint64_t& mantissa) {
 }
 
 /// How many decimals the last number had, and the bit that told.
-struct Habit {
-  uint64_t mark = 1;
-  int count = 0;
+struct Form {
+  uint64_t mark = 0;
+  int decimals = 8;
 };
 
-/// The same for decimals, of which there are many: eight at a time.
-int64_t read_decimals(const char*& p, const char* end, uint64_t& mantissa, Habit& habit) {
-  const char* const begin = p;
-  if constexpr (std::endian::native == std::endian::little) {
-    if (end - p >= 8) {
-      uint64_t bytes;
-      std::memcpy(&bytes, p, 8);
-      bytes ^= 0x3030303030303030u;
-      const uint64_t others = (((bytes & 0x7f7f7f7f7f7f7f7fu) + 0x7676767676767676u) | bytes) & 0x8080808080808080u;
-      // Where the next number starts would hang on this one's digits; as nearly all have as many, a guess goes ahead.
-      if ((others & (0 - others)) != habit.mark) {
-        habit.mark = others & (0 - others);
-        habit.count = std::countr_zero(others) / 8;
-        if (habit.count == 0) return 0;
-      }
-      const int count = habit.count;
-      if (count == 0) return 0;
-      // Digits to the end of the word, zeros before them; then neighbours are joined to pairs, fours and eight.
-      bytes <<= 64 - 8 * count;
-      bytes = bytes * 10 + (bytes >> 8);
-      const uint64_t even = (bytes & 0x000000ff000000ffu) * (100 + (1000000ull << 32));
-      const uint64_t odd = (bytes >> 16 & 0x000000ff000000ffu) * (1 + (10000ull << 32));
-      mantissa = mantissa * kWholePowers[count] + ((even + odd) >> 32);
-      p += count;
-      if (count < 8) return count;
-    }
-  }
-  read_digits(p, end, mantissa);
-  return p - begin;
+/// A number of the form that nearly all have in a recording, one digit and up to seven decimals, eight characters at a
+/// time. Reads up to 11 characters; leaves `p` where it is and returns false for a number of any other form.
+bool read_usual(const char*& p, Form& form, double& number) {
+  if constexpr (std::endian::native != std::endian::little) return false;
+  const bool negative = *p == '-';
+  const char* const whole = p + negative;
+  const uint64_t digit = static_cast<unsigned char>(*whole) - uint64_t{'0'};
+  uint64_t bytes;
+  std::memcpy(&bytes, whole + 2, 8);
+  bytes ^= 0x3030303030303030u;
+  const uint64_t others = (((bytes & 0x7f7f7f7f7f7f7f7fu) + 0x7676767676767676u) | bytes) & 0x8080808080808080u;
+  const uint64_t mark = others & (0 - others);
+  // Where the next number starts would hang on this one's digits; a guess that is nearly always right goes ahead.
+  if (mark != form.mark) form = {mark, std::countr_zero(others) / 8};
+  const int decimals = form.decimals;
+  if (digit > 9 || whole[1] != '.' || decimals % 8 == 0 || !ends_token(whole[2 + decimals])) return false;
+  // Digits to the end of the word, zeros before them; then neighbours are joined to pairs, fours and eight.
+  bytes <<= 64 - 8 * decimals;
+  bytes = bytes * 10 + (bytes >> 8);
+  const uint64_t even = (bytes & 0x000000ff000000ffu) * (100 + (1000000ull << 32));
+  const uint64_t odd = (bytes >> 16 & 0x000000ff000000ffu) * (1 + (10000ull << 32));
+  number = divided(digit * kWholePowers[decimals] + ((even + odd) >> 32), decimals, negative);
+  p = whole + 2 + decimals;
+  return true;
 }
 
 std::string_view trimmed(std::string_view text) {
@@ -100,18 +101,26 @@ std::string_view token_at(const char* p, const char* end) {
 }
 
 double parse_any(std::string_view token, int64_t line, int64_t value) {
-  const char *begin = token.data(), *end = begin + token.size();
-  if (begin < end && *begin == '+' && begin + 1 < end && begin[1] != '-') ++begin;
+  const char *begin = token.data(), *const end = begin + token.size();
+  const bool negative = *begin == '-';
+  const char* p = begin + negative;
+  uint64_t mantissa = 0;
+  int64_t decimals = 0, count = read_digits(p, end, mantissa);
+  if (p < end && *p == '.') {
+    decimals = read_digits(++p, end, mantissa);
+    count += decimals;
+  }
+  if (p == end && count >= 1 && count <= 15) return divided(mantissa, decimals, negative);
+  if (*begin == '+' && begin + 1 < end && begin[1] != '-') ++begin;
   double number = 0;
   const auto [stop, error] = std::from_chars(begin, end, number);
   // from_chars would also take nan(text).
   if (error == std::errc::invalid_argument || stop != end || token.back() == ')') {
     refuse_value(line, value, "is not a number", token);
   }
-  const std::string_view mantissa(
-      begin, static_cast<size_t>(std::find_if(begin, end, [](char c) { return (c | 0x20) == 'e'; }) - begin));
-  const bool digits = mantissa.find_first_of("0123456789") != std::string_view::npos;
-  const bool zero = mantissa.find_first_of("123456789") == std::string_view::npos;
+  const std::string_view significant = token.substr(0, token.find_first_of("eE"));
+  const bool digits = significant.find_first_of("0123456789") != std::string_view::npos;
+  const bool zero = significant.find_first_of("123456789") == std::string_view::npos;
   // Standard libraries differ in whether they report these or round to infinity and zero.
   if (error != std::errc() || (digits && (std::isinf(number) || (number == 0 && !zero)))) {
     refuse_value(line, value, "is out of range", token);
@@ -135,7 +144,7 @@ int64_t parse_rows(std::string_view text, int64_t columns, float* out) {
   const std::string_view body = trimmed(text);
   const char *p = body.data(), *const end = p + body.size();
   int64_t line = 0;
-  Habit habit;
+  Form form;
   const auto skip_blanks = [&] {
     while (p < end && is_blank(*p)) ++p;
   };
@@ -146,24 +155,11 @@ int64_t parse_rows(std::string_view text, int64_t columns, float* out) {
     for (skip_blanks(); p < end && *p != '\n'; ++count) {
       if (*p == ',') refuse(line, "value " + std::to_string(count + 1) + " is empty");
       if (count == columns) refuse_count(line, columns, line_begin, end);
-      const char* const token = p;
-      const bool negative = *p == '-';
-      p += negative;
-      uint64_t mantissa = 0;
-      int64_t digits = read_digits(p, end, mantissa), decimals = 0;
-      if (p < end && *p == '.') {
-        decimals = read_decimals(++p, end, mantissa, habit);
-        digits += decimals;
-      }
       double number;
-      // Up to 15 digits and a power of ten up to 22 are exact in double, so one division rounds as it should.
-      if (digits >= 1 && digits <= 15 && (p == end || ends_token(*p))) {
-        // Signs are as good as random: no branch on them.
-        number = static_cast<double>(static_cast<int64_t>(mantissa)) / kPowers[decimals] * kSigns[negative];
-      } else {
-        const std::string_view all = token_at(token, end);
-        number = parse_any(all, line, count + 1);
-        p = token + all.size();
+      if (end - p < 11 || !read_usual(p, form, number)) {
+        const std::string_view token = token_at(p, end);
+        number = parse_any(token, line, count + 1);
+        p += token.size();
       }
       row[count] = static_cast<float>(number);
       skip_blanks();
