@@ -173,7 +173,7 @@ def stratified_fraction(labels: torch.Tensor, ids: torch.Tensor, fraction: float
         raise UserError(f"labels fraction must be above 0 and at most 1, got {fraction}")
     # An epoch number no run reaches keeps this draw apart from the order of the clips.
     draw = philox.uniform(seed, philox.ORDER, ids, 2**31 - 1, 1)[:, 0]
-    chosen = []
+    chosen = [ids[:0]]
     for label in torch.unique(labels[ids]).tolist():
         of_class = torch.nonzero(labels[ids] == label)[:, 0]
         count = max(1, round(fraction * len(of_class)))

@@ -164,6 +164,13 @@ def test_warns_of_what_the_split_files_miss(make, run):
     assert set(store.splits) == {"xsub"} and store.splits["xsub"]["test"].tolist() == [1]
 
 
+def test_a_split_file_of_other_videos(make, run):
+    raw = make({"0002-L": video(9)}, {"0002-L": "1,0,5,1"}, cross_view=split("0008-L,0009-L", "0010-L"))
+    store, said = run(raw)
+    assert len(store.splits["xview"]["train"]) == len(store.splits["xview"]["test"]) == 0
+    assert any("3 videos are named in its file" in line for line in said)
+
+
 def test_the_same_after_where(make, run):
     videos = {name: video(9) for name in ("0002-L", "0002-M", "0003-L")}
     raw = make(videos, dict.fromkeys(videos, "3,0,5,1\n9,1,8,1"), cross_subject=split("0002-L,0002-M", "0003-L"))

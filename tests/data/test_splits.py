@@ -92,6 +92,7 @@ def test_stratified_fraction():
     assert torch.equal(stratified_fraction(labels, ids, 1.0, 7), ids)
     # More labels hold the clips of fewer.
     assert set(few.tolist()) <= set(stratified_fraction(labels, ids, 0.3, 7).tolist())
+    assert stratified_fraction(labels, ids[:0], 0.5, 7).shape == (0,)
 
 
 @pytest.mark.parametrize("fraction", [0, -0.1, 1.5, float("nan")])

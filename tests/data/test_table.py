@@ -133,7 +133,7 @@ def test_labels_from_a_table(make, run):
     store, said = run(raw)
     assert store.names == ["b", "sub/a"] and store.class_names == ["bow", "wave"] and store.labels.tolist() == [1, 0]
     assert store.column_values["subject"] == ["ann", "bob"] and store.columns["subject"].tolist() == [0, 1]
-    assert said == ["warning: labels.csv: 1 lines have no file, e.g. missing"]
+    assert said == ["warning: labels.csv: 1 lines have no file, e.g. 'missing'"]
 
 
 def test_a_description_and_labels_elsewhere(make, run, tmp_path):
@@ -192,6 +192,14 @@ def test_missing_joints(make, run):
     assert "a.npy: clip a holds 13 NaN or infinite coordinates" in refused(run, raw)
 
 
+def test_centres_on_the_first_frame_that_has_the_root(make, run):
+    frames = poses()
+    frames[0, 0] = np.nan
+    store, _ = run(make({"a.npy": frames}, missing="nan"), center=True)
+    expected = np.nan_to_num(frames - frames[1, 0])
+    np.testing.assert_allclose(clip(store, 0)[0], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_csv_with_other_columns_and_confidence(make, run):
     frames, seen = poses(), np.array([[1, 0.5, 0], [1, 1, 1], [0.25, 1, 1], [1, 1, 1]])
     header = ["time", *(f"{axis.upper()}:{joint}" for axis in "xyz" for joint in JOINTS["joints"])]
@@ -238,7 +246,7 @@ def test_a_known_layout_and_parents_by_name(make, run):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"fsp": 30}, "unknown field fsp: expected fps, layout,"),
+        ({"fsp": 30}, "unknown field 'fsp': expected fps, layout,"),
         ({"fps": None}, "fps must be a number, got nothing"),
         ({"fps": "30"}, "fps must be a number, got '30'"),
         ({"fps": True}, "fps must be a number, got True"),
@@ -270,14 +278,14 @@ def test_a_known_layout_and_parents_by_name(make, run):
         ({"classes": ["a", "b"]}, "classes needs {label} in names, or labels"),
         ({"classes": {"a": 1}}, "classes must be a list of different names"),
         ({"csv": ["a"]}, "csv must be a mapping, got ['a']"),
-        ({"csv": {"colums": "x"}}, "unknown field csv.colums: expected columns, confidence, delimiter, header"),
+        ({"csv": {"colums": "x"}}, "unknown field 'csv.colums': expected columns, confidence, delimiter, header"),
         ({"csv": {"columns": "{joint}"}}, "csv.columns must be a pattern with {joint} and {axis}, got '{joint}'"),
         ({"csv": {"columns": ["a", "b"]}}, "csv.columns must be 9 names for 3 joints, got 2"),
         ({"csv": {"columns": 3}}, "csv.columns must be a list of different names, got 3"),
         ({"csv": {"confidence": "seen"}}, "csv.confidence must be a pattern with {joint}, got 'seen'"),
         ({"csv": {"delimiter": ", "}}, "csv.delimiter must be one character, got ', '"),
         ({"csv": {"header": False, "confidence": "{joint}"}}, "csv.header is false: give the names as a list"),
-        ({"csv": {"header": HEADER[1:]}}, "csv.header: expected one column hip_x, got 0 in hip_y, "),
+        ({"csv": {"header": HEADER[1:]}}, "csv.header: expected one column 'hip_x', got 0 in ['hip_y', "),
         ({"csv": {"header": 3}}, "csv.header must be a list of different names, got 3"),
     ],
 )
@@ -293,6 +301,7 @@ def test_every_field_is_checked(make, run, fields, message):
         (b"fps: 3\n\tunit: m", "clips.yaml: line 2: not YAML: "),
         (b"\xff\xfe\x00", "clips.yaml: not YAML: "),
         (b"!!python/object/apply:os.system ['true']", "clips.yaml: line 1: not YAML: "),
+        (b"fps: !!timestamp soon", "clips.yaml: not YAML: "),
         (b"just words", "clips.yaml: expected fields such as 'fps: 30', got str"),
         (b"", "clips.yaml: expected fields such as 'fps: 30', got NoneType"),
         (b"1: 2", "clips.yaml: expected fields such as 'fps: 30', got dict"),
@@ -374,10 +383,10 @@ GOOD = table(poses().reshape(4, 9))
         (GOOD[:-30], "line 5: expected 9 fields, got "),
         (GOOD.replace("\n", ",1\n", 2), "line 3: expected 10 fields, got 9"),
         (GOOD + "1,2,3\n", "line 6: expected 9 fields, got 3"),
-        (GOOD.replace("hip_y", "hip_Y", 1), "line 1: expected one column hip_y, got 0 in hip_x, hip_Y, hip_z"),
-        (GOOD.replace("hip_y", "hip_x", 1), "line 1: expected one column hip_x, got 2 in "),
-        (GOOD + "1,2,3,4,x,6,7,8,9", "line 6: column left_hand_y: expected a number, got 'x'"),
-        (GOOD + "1,2,3,4,1_0,6,7,8,9", "line 6: column left_hand_y: expected a number, got '1_0'"),
+        (GOOD.replace("hip_y", "hip_Y", 1), "line 1: expected one column 'hip_y', got 0 in ['hip_x', 'hip_Y', 'hip_z'"),
+        (GOOD.replace("hip_y", "hip_x", 1), "line 1: expected one column 'hip_x', got 2 in "),
+        (GOOD + "1,2,3,4,x,6,7,8,9", "line 6: column 'left_hand_y': expected a number, got 'x'"),
+        (GOOD + "1,2,3,4,1_0,6,7,8,9", "line 6: column 'left_hand_y': expected a number, got '1_0'"),
         (GOOD + "1,2,3,4,,6,7,8,9", "holds 1 NaN or infinite coordinates"),
         (GOOD + "1,2,3,4,inf,6,7,8,9", "holds 1 NaN or infinite coordinates"),
         (GOOD + "1,2,3,4,1e99,6,7,8,9", "holds 1 NaN or infinite coordinates"),
@@ -403,7 +412,7 @@ def test_csv_without_names_and_wrong_confidence(make, run):
     header = [*HEADER, "hip", "left_hand", "right_hand"]
     text = table(np.concatenate([rows, np.full((4, 3), 1.5)], axis=1), header)
     raw = make({"a.csv": text}, csv={"confidence": "{joint}"})
-    assert "line 2: column hip: expected a confidence in 0..1, got 1.5" in refused(run, raw)
+    assert "line 2: column 'hip': expected a confidence in 0..1, got 1.5" in refused(run, raw)
 
 
 def test_names_that_do_not_fit_or_meet(make, run):
@@ -419,11 +428,14 @@ def test_names_that_do_not_fit_or_meet(make, run):
     "text, message",
     [
         (None, "labels: there is no file labels.csv"),
-        ("", "labels.csv: line 1: expected columns file, label and others, each once, got none"),
-        ("file,lable\na,x", "labels.csv: line 1: expected columns file, label and others, each once, got file, lable"),
+        ("", "labels.csv: line 1: expected columns file, label and others, each once, got []"),
+        (
+            "file,lable\na,x",
+            "labels.csv: line 1: expected columns file, label and others, each once, got ['file', 'lable']",
+        ),
         ("file,label,label\na,x,y", "labels.csv: line 1: expected columns file, label and others, each once"),
         ("file,label\na,x,y", "labels.csv: line 2: expected 2 fields, got 3"),
-        ("file,label\na,x\na,y", "labels.csv: line 3: file a has a line already"),
+        ("file,label\na,x\na,y", "labels.csv: line 3: file 'a' has a line already"),
         ("file,label\nb,x", "a.npy has no line in labels.csv"),
         (b"\xff", "labels.csv: byte 0 is not UTF-8 text"),
     ],

@@ -201,15 +201,17 @@ def provenance(reader: str, path: Path, options: Any, cleaner: Cleaner) -> dict[
 def center_clip(frames: np.ndarray, layout: Skeleton, confidence: np.ndarray | None = None) -> None:
     """Move a clip, in place, so that the first body's spine (ntu25) or root joint starts at the origin.
 
-    What is taken off is where that joint lies in the first frame in which the first body is there. Frames without a
-    body, and joints whose confidence is 0, stay at zero.
+    What is taken off is where that joint lies in the first frame in which it is seen; a clip without such a frame stays
+    as it is. Frames without a body, and joints whose confidence is 0, stay at zero.
 
     Args:
         frames: float32 ``[M, n, V, 3]``; confidence: float32 ``[M, n, V]`` or None.
     """
     joint = layout.joint_names.index("spine_mid") if layout.name == "ntu25" else layout.root
-    live = frames.any(axis=(2, 3), keepdims=True)
-    if not live[0].any():
-        return
-    seen = live if confidence is None else confidence[..., None] > 0
-    frames -= np.where(seen & live, frames[0, int(np.argmax(live[0])), joint], 0)
+    seen = np.broadcast_to(frames.any(axis=(2, 3))[..., None], frames.shape[:3])
+    if confidence is not None:
+        seen = seen & (confidence > 0)
+    if seen[0, :, joint].any():
+        # Infinite coordinates are refused later, with the name of the clip.
+        with np.errstate(invalid="ignore"):
+            frames -= np.where(seen[..., None], frames[0, int(np.argmax(seen[0, :, joint])), joint], 0)

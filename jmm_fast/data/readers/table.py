@@ -110,7 +110,7 @@ class FolderSource:
         names = {form for file in self.files for form in (file.name, _stem(file.name))}
         unused = [name for name in table or () if name not in names]
         self._warnings = (
-            [f"{told.text('labels')}: {len(unused)} lines have no file, e.g. {unused[0]}"] if unused else []
+            [f"{told.text('labels')}: {len(unused)} lines have no file, e.g. {unused[0]!r}"] if unused else []
         )
         self._columns = _columns(told, self.files, table, self.where)
         self.class_names, self._labels = _classes(told, self._columns)
@@ -161,7 +161,7 @@ class _Told:
         self.where, self.fields, self.prefix = where, fields, prefix
         for name in fields:
             if name not in known:
-                raise UserError(f"{where}: unknown field {prefix}{name}: expected {', '.join(known)}")
+                raise UserError(f"{where}: unknown field {f'{prefix}{name}'!r}: expected {', '.join(known)}")
 
     def refuse(self, name: str, expected: str) -> None:
         # Shortened as it is made: what a few aliases of YAML stand for may be endless.
@@ -247,8 +247,9 @@ class _CsvFormat:
         wanted = (self._coordinates or []), (self._confidence or [])
         for name in (*wanted[0], *wanted[1]):
             if header.count(name) != 1:
-                shown = ", ".join(header)[:200]
-                raise UserError(f"{where}: expected one column {name}, got {header.count(name)} in {shown}")
+                raise UserError(
+                    f"{where}: expected one column {name!r}, got {header.count(name)} in {str(header)[:200]}"
+                )
         return tuple([header.index(name) for name in names] for names in wanted)
 
     def read(self, data: bytes) -> tuple[np.ndarray, np.ndarray | None]:
@@ -271,13 +272,13 @@ class _CsvFormat:
             for place in wanted:
                 value = _number(fields[place])
                 if value is None:
-                    column = f"column {header[place]}" if self._named else f"field {place + 1}"
+                    column = f"column {header[place]!r}" if self._named else f"field {place + 1}"
                     raise UserError(f"line {number}: {column}: expected a number, got {fields[place][:24]!r}")
                 row.append(value)
             for place, value in zip(confidences, row[len(coordinates) :], strict=True):
                 if not (0 <= value <= 1 or math.isnan(value)):
                     raise UserError(
-                        f"line {number}: column {header[place]}: expected a confidence in 0..1, got {value:g}"
+                        f"line {number}: column {header[place]!r}: expected a confidence in 0..1, got {value:g}"
                     )
             rows.append(row)
         with np.errstate(over="ignore"):
@@ -319,7 +320,8 @@ def _array(data: bytes, joints: int) -> np.ndarray:
     expected = f"[n,{joints},3], [n,M,{joints},3] or [n,{joints * 3}]"
     try:
         array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, MemoryError, OverflowError, TypeError, SyntaxError) as error:
+    except Exception as error:
+        # What numpy makes of a damaged header is not only its own errors: Python's tokenizer and parser speak too.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"not a whole .npy array: {reason}") from error
     shaped = (
@@ -335,7 +337,8 @@ def _array(data: bytes, joints: int) -> np.ndarray:
 def _yaml(where: str, data: bytes) -> dict[str, Any]:
     try:
         fields = yaml.safe_load(data)
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except Exception as error:
+        # Besides its own errors PyYAML lets through what its makers of values trip over.
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
         reason = getattr(error, "problem", None) or (str(error).splitlines() or [type(error).__name__])[0]
@@ -429,9 +432,7 @@ def _label_table(tree: FileTree, folder: Path | None, name: str, where: str) -> 
         lines = _csv_lines(read(), ",")
         header = [field.strip() for field in next(lines, (1, []))[1]]
         if "file" not in header or "label" not in header or len(set(header)) < len(header):
-            raise UserError(
-                f"line 1: expected columns file, label and others, each once, got {', '.join(header) or 'none'}"
-            )
+            raise UserError(f"line 1: expected columns file, label and others, each once, got {str(header)[:200]}")
         table: dict[str, dict[str, str]] = {}
         for number, fields in lines:
             if len(fields) != len(header):
@@ -439,7 +440,7 @@ def _label_table(tree: FileTree, folder: Path | None, name: str, where: str) -> 
             row = {column: field.strip() for column, field in zip(header, fields, strict=True)}
             file = row.pop("file")
             if file in table:
-                raise UserError(f"line {number}: file {file} has a line already")
+                raise UserError(f"line {number}: file {file!r} has a line already")
             table[file] = row
     except OSError as error:
         raise UserError(f"{where}: {error.strerror or error}") from None
