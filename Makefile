@@ -46,7 +46,7 @@ test: lint
 # are not looked for: Python and torch keep memory until they end. torch.compile would build with the sanitizers loaded
 # into the compiler, and the test of memory use would measure theirs.
 SANITIZED := build/sanitize
-NATIVE_TESTS := tests/test_host.py $(wildcard tests/ops/test_*_cpu.py)
+NATIVE_TESTS := tests/test_host.py tests/data/test_text_rows.py $(wildcard tests/ops/test_*_cpu.py)
 NATIVE_CHOICE := not compile and not memory_does_not_grow
 
 sanitize: install
