@@ -85,7 +85,7 @@ def test_finds_the_original_folders(make, run, movement_folder):
             "flat/m10_s02_e04_angles_inc.txt": text,
         }
     )
-    store = run(raw, label="movement,correct")
+    store = run(raw, label="label,correct")
     columns = ["movement", "subject", "episode", "correct"]
     found = dict(zip(store.names, np.stack([store.columns[name] for name in columns], 1).tolist(), strict=True))
     assert found == {
@@ -94,7 +94,8 @@ def test_finds_the_original_folders(make, run, movement_folder):
         "m10_s02_e03": [10, 2, 3, 1],
         "m10_s02_e04_incorrect": [10, 2, 4, 0],
     }
-    assert len(store.class_names) == 4 and store.columns["original_label"].tolist().count(9) == 2
+    assert store.class_names[:2] == ["deep squat / correct=0", "deep squat / correct=1"] and len(store.class_names) == 4
+    assert store.columns["original_label"].tolist().count(9) == 2
     assert [store.splits["xsub"][part].tolist() for part in ("train", "test")] in ([[0, 1], [2, 3]], [[0, 3], [1, 2]])
     assert not store.frames[:, 0].any()  # the waist starts, and here stays, at the origin
 

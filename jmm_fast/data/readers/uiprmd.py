@@ -57,7 +57,7 @@ class UiprmdSource:
     """UI-PRMD; a clip is a repetition of a movement, its class the movement.
 
     Columns: ``movement``, ``subject``, ``episode`` as numbered in the file's name; ``correct`` (1: done well). Split
-    ``xsub``: subjects of odd number train. ``--label movement,correct`` makes the 20 classes of movement and quality.
+    ``xsub``: subjects of odd number train. ``--label label,correct`` makes the 20 classes of movement and quality.
 
     Raises:
         UserError: no positions file.
