@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jmm_fast.data.mapping import JointMapping
+from jmm_fast.data.mapping import JointMapping, joint_parts
 from jmm_fast.errors import UserError
 from jmm_fast.skeleton import Skeleton
 
@@ -63,19 +63,19 @@ def face_camera(frames: np.ndarray, layout: Skeleton) -> np.ndarray:
 
     Args:
         frames: float32 ``[M, n, V, 3]``.
-        layout: must have ``left_shoulder`` and ``right_shoulder``.
+        layout: must have joints whose names tell that they are the shoulders (:data:`jmm_fast.data.mapping.PARTS`).
 
     Raises:
         UserError: the layout has no shoulders.
     """
-    names = {name: joint for joint, name in enumerate(layout.joint_names)}
-    if "left_shoulder" not in names or "right_shoulder" not in names:
+    parts = joint_parts(layout)
+    if "left_shoulder" not in parts or "right_shoulder" not in parts:
         raise UserError(f"--view needs joints named left_shoulder and right_shoulder, which {layout.name} has not")
     live = frames.any(axis=(2, 3))
     if not live[0].any():
         return frames
     pose = frames[0, int(np.argmax(live[0]))].astype(np.float64)
-    left, right, root = pose[names["left_shoulder"]], pose[names["right_shoulder"]], pose[layout.root]
+    left, right, root = pose[parts["left_shoulder"]], pose[parts["right_shoulder"]], pose[layout.root]
     up = (left + right) / 2 - root
     height = np.linalg.norm(up)
     if height < 1e-6:
