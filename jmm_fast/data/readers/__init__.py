@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jmm_fast.data.collect import ClipSource, collect, first_clip
-from jmm_fast.data.readers import common, npz, ragged, synthetic
+from jmm_fast.data.readers import bvh, common, npz, ragged, synthetic
 from jmm_fast.data.store import ClipStore, StoreContents, write_store
 from jmm_fast.errors import UserError
 
@@ -46,6 +46,12 @@ READERS = {
             help="dense .npz of MAMP, CTR-GCN, JMM-TGT: x_train, y_train, x_test, y_test, zero padded",
             options=npz.NpzOptions,
             read=npz.read,
+        ),
+        Reader(
+            name="bvh",
+            help="BVH motion capture: a folder or .zip of .bvh files of one skeleton",
+            options=bvh.BvhOptions,
+            open=bvh.open,
         ),
         Reader(
             name="synthetic",
