@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jmm_fast.data.collect import ClipSource, collect, first_clip
-from jmm_fast.data.readers import bvh, common, npz, ragged, synthetic
+from jmm_fast.data.readers import bvh, common, npz, pyskl, ragged, synthetic
 from jmm_fast.data.store import ClipStore, StoreContents, write_store
 from jmm_fast.errors import UserError
 
@@ -46,6 +46,12 @@ READERS = {
             help="dense .npz of MAMP, CTR-GCN, JMM-TGT: x_train, y_train, x_test, y_test, zero padded",
             options=npz.NpzOptions,
             read=npz.read,
+        ),
+        Reader(
+            name="pyskl",
+            help="pickle of pyskl and mmaction2: split, annotations with 2D or 3D keypoints",
+            options=pyskl.PysklOptions,
+            read=pyskl.read,
         ),
         Reader(
             name="bvh",
@@ -100,6 +106,8 @@ def prepare(
         if reader.needs_input:
             common.transform_contents(contents, options)
             common.add_label_subsets(contents, options)
+        for warning in contents.provenance.get("warnings", ()):
+            say(f"warning: {warning}")
         write_store(out, contents)
     else:
         _prepare_files(reader, Path(raw), out, options, workers, say)
