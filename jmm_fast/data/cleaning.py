@@ -146,18 +146,18 @@ def center_clips(contents: StoreContents, joint: int) -> None:
     frames -= shift[:, None]
 
 
-def center_rows(frames: np.ndarray, offsets: np.ndarray, joint: int, seen: np.ndarray) -> None:
-    """:func:`center_clips` where single joints may be missing: the origin is ``joint`` where it is first seen.
+def center_rows(frames: np.ndarray, offsets: np.ndarray, joints: list[int], seen: np.ndarray) -> None:
+    """:func:`center_clips` where joints may be missing: the origin is the mean of ``joints`` where all are first seen.
 
-    Joints that are missing become zero; a clip in which ``joint`` is never seen is not moved. In place.
+    Joints that are missing become zero; a clip in which ``joints`` are never seen is not moved. In place.
 
     Args:
         frames: float32 ``[F, V, 3]``; offsets: int64 ``[N + 1]``; seen: bool ``[F, V]``.
     """
-    rows = np.append(np.flatnonzero(seen[:, joint]), len(frames))
+    rows = np.append(np.flatnonzero(seen[:, joints].all(axis=1)), len(frames))
     origin_row = rows[np.searchsorted(rows, offsets[:-1])]
     held = origin_row < offsets[1:]
     shift = np.zeros((len(held), 3), np.float32)
-    shift[held] = frames[origin_row[held], joint]
+    shift[held] = frames[origin_row[held]][:, joints].mean(axis=1)
     frames -= np.repeat(shift, np.diff(offsets), axis=0)[:, None]
     frames[~seen] = 0

@@ -142,6 +142,11 @@ def joint_parts(layout: Skeleton) -> dict[str, int]:
     return found
 
 
+def spine_joints(layout: Skeleton) -> list[int]:
+    """Joints whose mean is the middle of the spine, by the rules of :data:`PARTS`; the root where no name tells."""
+    return list(_surely("spine_mid", joint_parts(layout))) or [layout.root]
+
+
 def joint_mapping(source: Skeleton, target: Skeleton, override: Path | None = None) -> JointMapping:
     """How ``source`` is mapped onto ``target``: see :data:`PARTS`; between layouts of the same names, by these.
 

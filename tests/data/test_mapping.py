@@ -5,7 +5,7 @@ import pytest
 
 from jmm_fast import skeleton
 from jmm_fast.data import prepare
-from jmm_fast.data.mapping import joint_mapping, joint_parts
+from jmm_fast.data.mapping import joint_mapping, joint_parts, spine_joints
 from jmm_fast.data.readers.ragged import RaggedOptions
 from jmm_fast.data.transform import face_camera
 from jmm_fast.errors import UserError
@@ -138,6 +138,13 @@ def test_agrees_with_the_indices_of_the_real_sets(real_data, name):
         layout = Skeleton.from_parents(file["parents"].tolist(), file["joint_names"].tolist())
         index = file["ntu25_index"].tolist()
     assert joint_mapping(layout, NTU).sources == tuple((joint,) for joint in index)
+
+
+def test_where_the_spine_is():
+    assert [skeleton.get("ntu25").joint_names[joint] for joint in spine_joints(NTU)] == ["spine_mid"]
+    coco = skeleton.get("coco17")
+    assert {coco.joint_names[joint] for joint in spine_joints(coco)} == {*LIMBS[::7], "left_hip", "right_hip"}
+    assert spine_joints(Skeleton.from_parents([1, -1])) == [1]
 
 
 def test_override(tmp_path):

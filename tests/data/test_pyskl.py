@@ -104,6 +104,19 @@ def test_missing_joints_and_empty_frames(file):
     np.testing.assert_allclose(frames[0, 0], keypoint[0, 0, 0] - keypoint[0, 3, 1], rtol=0, atol=1e-4)
 
 
+def test_centring_2d_bodies(file):
+    clip = annotation("a", shape=(1, 5, 17, 2))
+    torso = [5, 6, 11, 12]
+    clip["keypoint"][0, 0, 6] = 0
+    contents = read(file([clip, annotation("b", shape=(1, 4, 17, 2))]))
+    frames = contents.frames[0]
+    np.testing.assert_allclose(frames[[1, 5]][:, torso].mean(axis=1), 0, rtol=0, atol=1e-6)
+    assert abs(frames[0, 5]).max() > 0.01 and not frames[0, 6].any()
+    clip["keypoint"][0, :, 6] = 0
+    unmoved = read(file([clip])).frames[0]
+    np.testing.assert_allclose(unmoved[:, 0, 0], clip["keypoint"][0, :, 0, 0] / 500, rtol=1e-6)
+
+
 def test_splits_and_warnings(file, tmp_path):
     held = whole()
     held["split"] |= {"lonely_train": ["a"], "odd": ["b"], "x_train1": ["a"], "x_test1": ["b"], "x_val1": ["c"]}

@@ -15,7 +15,7 @@ import numpy as np
 from jmm_fast import skeleton
 from jmm_fast.data.collect import FileLog, RawClip
 from jmm_fast.data.filetree import FileTree, SourceFile
-from jmm_fast.data.mapping import joint_parts
+from jmm_fast.data.mapping import spine_joints
 from jmm_fast.data.readers import common
 from jmm_fast.data.store import StoreContents
 from jmm_fast.errors import UserError
@@ -56,7 +56,7 @@ class BvhOptions(common.CommonOptions):
     end_sites: bool = False
     """Keep the ends of the last bones too, named after their joint: Head_end."""
     center: bool = True
-    """Move each clip so that its spine (or else its root joint) starts at the origin."""
+    """Move each clip so that the middle of the spine (or else the root joint) starts at the origin."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -183,7 +183,7 @@ class _BvhSource:
         self._kept = self._select(motion.hierarchy)
         try:
             self.skeleton = _known(*self._kept[1:])
-            self._spine = joint_parts(self.skeleton).get("spine_mid", self.skeleton.root)
+            self._spine = spine_joints(self.skeleton)
         except UserError as error:
             raise UserError(f"{self.where}: {self._first}: {error}") from error
 
@@ -222,7 +222,7 @@ class _BvhSource:
         if self._options.up == "z":
             place = place[..., [0, 2, 1]] * [1, 1, -1]
         if self._options.center:
-            place = place - place[0, self._spine]
+            place -= place[0, self._spine].mean(axis=0)
         frames = place.astype(np.float32)[None]
         return [
             RawClip(name=str(PurePosixPath(file.name).with_suffix("")), frames=frames, label=label, columns=columns)

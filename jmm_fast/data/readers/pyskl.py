@@ -11,7 +11,7 @@ import numpy as np
 
 from jmm_fast import skeleton
 from jmm_fast.data.cleaning import Cleaner, center_rows, edges
-from jmm_fast.data.mapping import joint_parts
+from jmm_fast.data.mapping import spine_joints
 from jmm_fast.data.readers import common
 from jmm_fast.data.splits import ColumnTable
 from jmm_fast.data.store import StoreContents
@@ -37,7 +37,8 @@ class PysklOptions(common.CommonOptions):
     fps: float = 30.0
     """Frames per second of the recordings, which the file does not tell."""
     center: bool = True
-    """Move each clip so that the spine (or else the root joint) starts at the origin."""
+    """Move each clip so that the middle of the spine starts at the origin: of coco17 and openpose18 the middle of the
+    hips and shoulders."""
 
 
 def read(path: Path, options: PysklOptions | None = None, **fields: Any) -> StoreContents:
@@ -82,7 +83,7 @@ def read(path: Path, options: PysklOptions | None = None, **fields: Any) -> Stor
     keep = deque(common.keep_matching(options.where, table).tolist())
 
     cleaner = Cleaner(where=where, on_error=options.on_error)
-    spine = joint_parts(layout).get("spine_mid", layout.root)
+    spine = spine_joints(layout)
     blocks, scores, clip_rows, body_rows, kept = [], [], [], [], []
     seen: set[str] = set()
     tells = False
