@@ -101,7 +101,8 @@ class JointMapping:
     def __call__(self, frames: np.ndarray, confidence: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
         """Map ``frames`` float32 ``[M, n, V, 3]`` and ``confidence`` float32 ``[M, n, V]`` or None.
 
-        A missing joint lies at zero with confidence 0; a mean has the least confidence of its joints.
+        A missing joint lies at zero with confidence 0; a mean has the least confidence of its joints and is missing
+        where one of them is, that is, where it has confidence 0 and lies at zero.
         """
         first = [held[0] if held else 0 for held in self.sources]
         missing = [joint for joint, held in enumerate(self.sources) if not held]
@@ -115,8 +116,9 @@ class JointMapping:
         result = known[:, :, first]
         for joint, held in means:
             result[:, :, joint] = known[:, :, held].min(axis=2)
-        result[:, :, missing] = 0
-        mapped[result == 0] = 0
+            lost = (known[:, :, held] == 0) & ~frames[:, :, held].any(axis=3)
+            mapped[:, :, joint][lost.any(axis=2)] = 0
+        mapped[:, :, missing] = result[:, :, missing] = 0
         return mapped, result
 
     def table(self) -> str:

@@ -68,14 +68,14 @@ def face_camera(frames: np.ndarray, layout: Skeleton) -> np.ndarray:
     Raises:
         UserError: the layout has no shoulders.
     """
-    parts = joint_parts(layout)
-    if "left_shoulder" not in parts or "right_shoulder" not in parts:
+    names = joint_parts(layout)
+    if "left_shoulder" not in names or "right_shoulder" not in names:
         raise UserError(f"--view needs joints named left_shoulder and right_shoulder, which {layout.name} has not")
     live = frames.any(axis=(2, 3))
     if not live[0].any():
         return frames
     pose = frames[0, int(np.argmax(live[0]))].astype(np.float64)
-    left, right, root = pose[parts["left_shoulder"]], pose[parts["right_shoulder"]], pose[layout.root]
+    left, right, root = pose[names["left_shoulder"]], pose[names["right_shoulder"]], pose[layout.root]
     up = (left + right) / 2 - root
     height = np.linalg.norm(up)
     if height < 1e-6:

@@ -122,11 +122,14 @@ def test_numbers_and_confidence():
     for lost in ("left_elbow", "right_elbow"):
         assert not mapped[:, :, names(lost)].any() and not confidence[:, :, names(lost)].any()
     given = rng.uniform(0.1, 1, frames.shape[:3]).astype(np.float32)
-    given[0, 3, at("left_shoulder")] = 0
+    given[0, 3:5, at("left_shoulder")] = 0
+    frames[0, 3, at("left_shoulder")] = 0
     mapped, confidence = mapping(frames, given)
     pair = given[:, :, [at("left_shoulder"), at("right_shoulder")]].min(axis=2)
     np.testing.assert_array_equal(confidence[:, :, names("spine_shoulder")], pair)
     assert not mapped[0, 3, names("spine_shoulder")].any()
+    filled = frames[0, 4, [at("left_shoulder"), at("right_shoulder")]].mean(axis=0)
+    np.testing.assert_allclose(mapped[0, 4, names("spine_shoulder")], filled, rtol=0, atol=1e-6)
     np.testing.assert_array_equal(confidence[:, :, names("left_hip")], given[:, :, at("left_hip")])
     same, none = joint_mapping(NTU, NTU)(np.ones((1, 2, 25, 3), np.float32), None)
     assert none is None and same.all()

@@ -99,6 +99,12 @@ def test_missing_joints_and_empty_frames(file):
     expected[6] = 0
     np.testing.assert_array_equal(confidence, expected)
     assert not frames[expected == 0].any()
+    score = np.ones((2, 5, 25))
+    score[0, 4, 3], score[1, 4] = 1e-9, 0
+    scored = read(file([clip | {"keypoint_score": score}]))
+    expected[3, 3] = expected[7] = 0
+    np.testing.assert_array_equal(scored.confidence[0], expected)
+    assert not scored.frames[0][expected == 0].any()
     # The spine is first seen in the third frame that is left: that is the origin.
     np.testing.assert_array_equal(frames[2, 1], 0)
     np.testing.assert_allclose(frames[0, 0], keypoint[0, 0, 0] - keypoint[0, 3, 1], rtol=0, atol=1e-4)

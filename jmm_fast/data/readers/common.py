@@ -143,6 +143,7 @@ def transform(options: CommonOptions, source: Skeleton, first: Callable[[], np.n
 
 def transform_contents(contents: StoreContents, options: CommonOptions) -> None:
     """Do to clips in memory what ``options`` ask for."""
+    frames = np.concatenate(contents.frames) if isinstance(contents.frames, list) else contents.frames
     body_offsets = contents.offsets if contents.body_offsets is None else contents.body_offsets
     first_body = np.searchsorted(body_offsets, contents.offsets)
 
@@ -150,13 +151,9 @@ def transform_contents(contents: StoreContents, options: CommonOptions) -> None:
         rows = array[contents.offsets[number] : contents.offsets[number + 1]]
         return rows.reshape(first_body[number + 1] - first_body[number], -1, *array.shape[1:])
 
-    def joined() -> np.ndarray:
-        return np.concatenate(contents.frames) if isinstance(contents.frames, list) else contents.frames
-
-    chain = transform(options, contents.skeleton, lambda: clip(joined(), 0))
+    chain = transform(options, contents.skeleton, lambda: clip(frames, 0))
     if chain == ClipTransform(source=contents.skeleton):
         return
-    frames = joined()
     confidence = contents.confidence
     if confidence is not None:
         confidence = np.concatenate(confidence) if isinstance(confidence, list) else confidence

@@ -47,10 +47,10 @@ def read(path: Path, options: PysklOptions | None = None, **fields: Any) -> Stor
     Each annotation has ``frame_dir`` (the clip's name), ``label`` and ``keypoint`` ``[M, T, V, C]``. ``C`` = 3: metres,
     as they are. ``C`` = 2: pixels, ``(x / h, 1 - y / h, 0)`` with ``h`` the height of the image, so that a person who
     fills it is about 1 tall and y is up. ``keypoint_score`` ``[M, T, V]``, clipped to [0, 1], becomes the confidence. A
-    joint whose coordinates are all zero is missing: confidence 0. Frames and bodies without a joint are left out. Parts
-    ``X_train`` and ``X_val`` or ``X_test`` of ``split`` become the split ``X``; ``train`` and ``test`` alone
-    ``default``; where both are there, the test part is ``test`` and ``val`` is left out with a warning, as is any other
-    part.
+    joint of score 0 or whose coordinates are all zero is missing: at zero, confidence 0. Frames and bodies without a
+    joint are left out. Parts ``X_train`` and ``X_val`` or ``X_test`` of ``split`` become the split ``X``; ``train`` and
+    ``test`` alone ``default``; where both are there, the test part is ``test`` and ``val`` is left out with a warning,
+    as is any other part.
 
     Args:
         path: the file.
@@ -92,7 +92,7 @@ def read(path: Path, options: PysklOptions | None = None, **fields: Any) -> Stor
         while keep and size < _BLOCK_BYTES:
             at = keep.popleft()
             frames = np.zeros((0, 0, layout.num_joints, 3), np.float32)
-            score, knows = frames[..., 0], False
+            score, knows = frames[..., 0].astype(np.float16), False
             try:
                 if not 0 <= labels[at] < len(class_names):
                     raise UserError(f"has label {labels[at]}, outside the {len(class_names)} classes")
@@ -119,7 +119,7 @@ def read(path: Path, options: PysklOptions | None = None, **fields: Any) -> Stor
         if options.center:
             center_rows(rows, clip_edges, spine, score > 0)
         blocks.append(rows)
-        scores.append(score.astype(np.float16))
+        scores.append(score)
         clip_rows.append(np.diff(clip_edges))
         body_rows.append(np.diff(body_edges))
         kept += [chosen[clip] for clip in usable.tolist()]
@@ -196,7 +196,7 @@ def _layout(where: str, annotations: list, wanted: str) -> Skeleton:
 
 
 def _bodies(annotation: dict, layout: Skeleton, height: float | None) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Frames float32 ``[M, T, V, 3]``, confidence float32 ``[M, T, V]``, and whether that says more than presence."""
+    """Frames float32 ``[M, T, V, 3]``, confidence float16 ``[M, T, V]``, and whether that says more than presence."""
     keypoint = _array(annotation, "keypoint")
     joints = layout.num_joints
     if keypoint.ndim != 4 or keypoint.shape[2] != joints or keypoint.shape[3] not in (2, 3) or not keypoint.size:
@@ -214,13 +214,13 @@ def _bodies(annotation: dict, layout: Skeleton, height: float | None) -> tuple[n
     else:
         height = np.float32(_height(annotation) if height is None else height)
         frames[..., 0], frames[..., 1] = keypoint[..., 0] / height, 1 - keypoint[..., 1] / height
-    frames[~seen] = 0
-    confidence = seen.astype(np.float32)
+    confidence = seen.astype(np.float16)
     if annotation.get("keypoint_score") is not None:
         score = _array(annotation, "keypoint_score")
         if score.shape != seen.shape or not np.isfinite(score).all():
             raise UserError(f"has keypoint_score {list(score.shape)}, expected finite numbers {list(seen.shape)}")
-        confidence *= np.clip(score, 0, 1)
+        confidence *= np.clip(score, 0, 1).astype(np.float16)
+    frames[confidence == 0] = 0
     # That a whole body is absent says its zero row already.
     return frames, confidence, bool((confidence[seen.any(axis=2)] != 1).any())
 
