@@ -11,7 +11,7 @@ import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -32,6 +32,8 @@ def load_plain(path: Path) -> Any:
         raise UserError(f"{path}: {error}") from None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except EOFError:
+        raise UserError(f"{path}: not a whole pickle: it ends too early") from None
     except Exception as error:
         # Bytes that are no pickle make the unpickler fail in any way: as a TypeError, a KeyError, out of memory, ...
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -83,6 +85,12 @@ def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any = "C") -> np.ndar
     return np.frombuffer(data, dtype.dtype).reshape(shape, order=order) if data else np.empty(shape, dtype.dtype)
 
 
+def _buffered(*arguments: Any) -> _Array:
+    result = _Array()
+    result.array = _from_buffer(*arguments)
+    return result
+
+
 def _scalar(dtype: Any, data: Any = b"") -> Any:
     return _from_buffer(data, dtype, (1,))[0].item()
 
@@ -99,24 +107,66 @@ def _no_bytes(*arguments: Any) -> bytes:
     return b""
 
 
+def _hashed(kind: type, items: Any = ()) -> Any:
+    if not isinstance(items, list | tuple):
+        raise UserError("it holds a set of nothing that can be listed")
+    _check_keys(items)
+    return kind(items)
+
+
+def _check_keys(keys: Any) -> None:
+    # The hash of tuples in tuples, a hundred thousand deep, would overrun the interpreter's stack.
+    if not all(isinstance(key, str | bytes | int | float | None) for key in keys):
+        raise UserError("it holds a set, or the keys of a dict, of other things than text and numbers")
+
+
 _STAND_INS: dict[tuple[str, str], Callable] = {
     ("numpy", "dtype"): _Dtype,
     ("_codecs", "encode"): _encode,
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
-    **{(f"numpy.{core}.numeric", "_frombuffer"): _from_buffer for core in ("core", "_core")},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): _buffered for core in ("core", "_core")},
     **{(room, "bytes"): _no_bytes for room in ("builtins", "__builtin__")},
+    **{
+        (room, kind.__name__): functools.partial(_hashed, kind)
+        for room in ("builtins", "__builtin__")
+        for kind in (set, frozenset)
+    },
 }
-_CONTAINERS = {kind.__name__: kind for kind in (dict, frozenset, list, set, tuple)}
 
 
-class _Unpickler(pickle.Unpickler):
+def _with_checked_keys(code: bytes, keys: slice) -> Callable[[Any], None]:
+    step = pickle._Unpickler.dispatch[code[0]]
+
+    def load(self: Any) -> None:
+        _check_keys(self.stack[keys])
+        step(self)
+
+    return load
+
+
+def _load_bytearray8(self: Any) -> None:
+    # A made-up length must not be filled with zeros before it is found that the file is shorter.
+    self.append(self.read(int.from_bytes(self.read(8), "little")))
+
+
+class _Unpickler(pickle._Unpickler):
+    """The unpickler written in Python, as fast on large arrays; that in C cannot be told what may be hashed."""
+
+    dispatch: ClassVar[dict] = {
+        **pickle._Unpickler.dispatch,
+        pickle.SETITEM[0]: _with_checked_keys(pickle.SETITEM, slice(-2, -1)),
+        pickle.SETITEMS[0]: _with_checked_keys(pickle.SETITEMS, slice(None, None, 2)),
+        pickle.DICT[0]: _with_checked_keys(pickle.DICT, slice(None, None, 2)),
+        pickle.ADDITEMS[0]: _with_checked_keys(pickle.ADDITEMS, slice(None)),
+        pickle.FROZENSET[0]: _with_checked_keys(pickle.FROZENSET, slice(None)),
+        pickle.BYTEARRAY8[0]: _load_bytearray8,
+    }
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _STAND_INS:
             # A pickle may also set attributes of what it looked up: a wrapper of its own keeps ours as they are.
             return functools.partial(_STAND_INS[module, name])
-        if module in ("builtins", "__builtin__") and name in _CONTAINERS:
-            return _CONTAINERS[name]
         if (module, name) == ("numpy", "ndarray"):
             return "ndarray"
         asked = f"{module}.{name}"[:80]

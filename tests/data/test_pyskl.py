@@ -262,7 +262,7 @@ BAD_FILES = {
     "no keypoint": ([annotation("a", keypoint=None)], "no annotation has a keypoint [M,T,V,C]"),
     "objects": ([annotation("a", extra=np.array([{}], dtype=object))], "it holds numpy data of type 'O8'"),
     "record": ([annotation("a", extra=np.zeros(2, "f4,i4"))], "it holds numpy data of type 'V8'"),
-    "nothing": (b"", "not a whole pickle: Ran out of input"),
+    "nothing": (b"", "not a whole pickle: it ends too early"),
     "text file": (b"subject,label\n1,2\n", "not a whole pickle:"),
     "zip": (b"PK\x03\x04" + bytes(100), "not a whole pickle:"),
 }
@@ -313,7 +313,7 @@ def test_hostile_pickles_run_nothing(attack, place, protocol, file, tmp_path):
     elif place == "nested":
         held["annotations"][1]["extra"] = [{"deep": ({"deeper": hostile},)}]
     elif place == "key":
-        held = {Runs(tuple, [hostile]): 1}
+        held = {hostile: 1}
     else:
         held["annotations"][1]["keypoint"] = np.array([hostile], dtype=object)
     path = file(held, protocol)
@@ -380,6 +380,14 @@ def test_stand_ins_give_nothing_away(file):
         "extension": b"\x82\x01.",
         "attributes of a stand-in": make + b"}S'evil'\nI1\nsb.",
         "attributes of a container": globals_of("builtins", "set") + b"}S'evil'\nI1\nsb.",
+        "dict keys that nest": b"\x80\x04})" + b"\x85" * 100_000 + b"K\x01s.",
+        "more of them": b"\x80\x04}()" + b"\x85" * 100_000 + b"K\x01u.",
+        "and at once": b"\x80\x04()" + b"\x85" * 100_000 + b"K\x01d.",
+        "set that nests": b"\x80\x04\x8f()" + b"\x85" * 100_000 + b"\x90.",
+        "frozen set that nests": b"\x80\x04()" + b"\x85" * 100_000 + b"\x91.",
+        "set of a list that nests": globals_of("builtins", "set") + b"(])" + b"\x85" * 100_000 + b"atR.",
+        "set of a number": globals_of("builtins", "set") + b"(I5\ntR.",
+        "long array": b"\x80\x05\x96" + struct.pack("<Q", 1 << 45) + b"abc.",
         "huge string": b"\x80\x04\x8e" + struct.pack("<Q", 1 << 62) + b"abc.",
     }
     for case, code in codes.items():
