@@ -113,6 +113,35 @@ def _prepare(args: list[str]) -> None:
     print(f"{store.num_clips} clips written to {given.out}{note}; 'jmm-fast inspect {given.out}' shows them")
 
 
+def _layouts(args: list[str]) -> None:
+    from tyro.conf import Positional, arg
+
+    kind = make_dataclass(
+        "Layouts",
+        [
+            ("names", Annotated[Positional[tuple[str, ...]], arg(help="SOURCE (or a clip store) and TARGET")], ()),
+            ("joint_map", Annotated[Path | None, arg(help="YAML file, as prepare takes it")], None),
+        ],
+        kw_only=True,
+    )
+    given = _parse(kind, args, "layouts", "The known joint layouts, or how SOURCE is mapped onto TARGET.")
+    from jmm_fast import skeleton
+
+    if not given.names:
+        for layout in map(skeleton.get, skeleton.names()):
+            print(f"{layout.name:<10}  {layout.num_joints} joints: {', '.join(layout.joint_names)}")
+        return
+    if len(given.names) != 2:
+        raise UserError(f"layouts takes no name or two, SOURCE and TARGET, got {len(given.names)}")
+    from jmm_fast.data import ClipStore
+    from jmm_fast.data.mapping import joint_mapping
+
+    source, target = given.names
+    known = source in skeleton.names() or not Path(source).exists()
+    source = skeleton.get(source) if known else ClipStore.open(Path(source), check_values=False).skeleton
+    print(joint_mapping(source, skeleton.get(target), given.joint_map).table())
+
+
 def _inspect(args: list[str]) -> None:
     from tyro.conf import Positional, arg
 
@@ -343,6 +372,7 @@ def _bench(args: list[str]) -> None:
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "doctor": (_doctor, "what is installed, which backends run here and why the others do not"),
     "prepare": (_prepare, "make a clip store from raw data: prepare FORMAT RAW --out FILE"),
+    "layouts": (_layouts, "known joint layouts, or how one is mapped onto another: layouts [SOURCE TARGET]"),
     "inspect": (_inspect, "counts, lengths, classes and splits of a clip store"),
     "pretrain": (_pretrain, "pretrain by masked motion prediction: pretrain RECIPE --data FILE --out RUN"),
     "probe": (_probe, "linear evaluation of a run: probe RUN --data FILE"),

@@ -116,8 +116,8 @@ class Skeleton:
     ) -> "Skeleton":
         """A layout from a list of parent indices (-1 = root).
 
-        Left and right come from the names where they tell: two joints whose names differ only in ``left``/``right``,
-        or in a leading, trailing or separate ``L``/``R``, are a pair.
+        Left and right come from the names where they tell, see :func:`sides_and_stems`: two joints whose names differ
+        only in the side are a pair.
 
         Raises:
             UserError: a cycle, no root or several, an index out of range, names of another count.
@@ -183,12 +183,30 @@ def _side_and_stem(name: str) -> tuple[str, str] | None:
     return None
 
 
+def sides_and_stems(joint_names: Sequence[str]) -> list[tuple[str | None, str]]:
+    """Of each joint's name its side, ``left``, ``right`` or None, and the lower-case name without it.
+
+    A side is ``left``/``right`` anywhere, a leading, trailing or separate ``L``/``R``, or a leading ``l``/``r`` (as in
+    ``lfemur``) where another joint differs in that letter alone.
+    """
+    lower = {name.lower() for name in joint_names}
+    twin = {"l": ("left", "r"), "r": ("right", "l")}
+    result: list[tuple[str | None, str]] = []
+    for name in joint_names:
+        found = _side_and_stem(name)
+        if found is None and len(name) > 1 and name[0].lower() in twin:
+            side, other = twin[name[0].lower()]
+            if other + name[1:].lower() in lower:
+                found = side, name[1:].lower()
+        result.append(found or (None, name.lower()))
+    return result
+
+
 def _pairs_by_name(joint_names: Sequence[str]) -> tuple[tuple[int, int], ...]:
     sides: dict[str, dict[str, int]] = {}
-    for joint, name in enumerate(joint_names):
-        found = _side_and_stem(name)
-        if found:
-            sides.setdefault(found[1], {}).setdefault(found[0], joint)
+    for joint, (side, stem) in enumerate(sides_and_stems(joint_names)):
+        if side is not None:
+            sides.setdefault(stem, {}).setdefault(side, joint)
     return tuple((both["left"], both["right"]) for both in sides.values() if len(both) == 2)
 
 
@@ -263,4 +281,14 @@ def _layouts() -> dict[str, Skeleton]:
         left_wrist:left_elbow right_wrist:right_elbow left_hand:left_wrist right_hand:right_wrist
         """,
     )
-    return {layout.name: layout for layout in (ntu25, kinect20, coco17, openpose18, h36m17, smpl24)}
+    # The names of the CMU motion capture library; a joint lies where the bone of its name begins.
+    cmu31 = _parse(
+        "cmu31",
+        """root: lhipjoint:root lfemur:lhipjoint ltibia:lfemur lfoot:ltibia ltoes:lfoot
+        rhipjoint:root rfemur:rhipjoint rtibia:rfemur rfoot:rtibia rtoes:rfoot
+        lowerback:root upperback:lowerback thorax:upperback lowerneck:thorax upperneck:lowerneck head:upperneck
+        lclavicle:thorax lhumerus:lclavicle lradius:lhumerus lwrist:lradius lhand:lwrist lfingers:lhand lthumb:lwrist
+        rclavicle:thorax rhumerus:rclavicle rradius:rhumerus rwrist:rradius rhand:rwrist rfingers:rhand rthumb:rwrist
+        """,
+    )
+    return {layout.name: layout for layout in (ntu25, kinect20, coco17, openpose18, h36m17, smpl24, cmu31)}

@@ -58,7 +58,7 @@ def test_help_everywhere(capsys):
     for args in ([], ["--help"], ["-h"]):
         assert main(args) == 0
         assert "pretrain" in capsys.readouterr().out
-    for command in ("doctor", "prepare", "inspect", "pretrain", "probe", "knn", "finetune", "report"):
+    for command in ("doctor", "prepare", "layouts", "inspect", "pretrain", "probe", "knn", "finetune", "report"):
         assert main([command, "--help"]) == 0
         assert "jmm-fast " + command in capsys.readouterr().out
     assert main(["prepare", "ragged", "--help"]) == 0
@@ -90,6 +90,17 @@ def test_inspect(clips, capsys):
     assert main(["inspect", clips]) == 0
     text = capsys.readouterr().out
     assert "clips        48" in text and "ntu25, 25 joints" in text and "xsub" in text and "xview" in text
+
+
+def test_layouts(clips, capsys):
+    assert main(["layouts"]) == 0
+    text = capsys.readouterr().out
+    assert "ntu25       25 joints: spine_base" in text and "cmu31       31 joints: root" in text
+    assert main(["layouts", "coco17", "ntu25"]) == 0
+    rows = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 25 and rows[0] == ["spine_base", "middle", "left_hip, right_hip"]
+    assert main(["layouts", clips, "coco17"]) == 0
+    assert capsys.readouterr().out.split()[:3] == ["nose", "nearest", "head"]
 
 
 def test_every_command_leaves_its_record(clips, run, capsys):
@@ -156,6 +167,9 @@ def test_variant_sets_mask_and_topology_but_fields_win(clips, tmp_path):
         ("prepare ragged absent.npz --out y", "absent.npz: no such file"),
         ("prepare ragged", "see jmm-fast prepare ragged --help"),
         ("prepare synthetic", "--out is missing"),
+        ("layouts coco17", "layouts takes no name or two, SOURCE and TARGET, got 1"),
+        ("layouts coco17 ntu26", "unknown skeleton 'ntu26': expected one of ntu25"),
+        ("layouts absent ntu25", "unknown skeleton 'absent'"),
         ("inspect", "see jmm-fast inspect --help"),
         ("inspect absent", "absent: no such file"),
         ("pretrain smal --data x --out y", "unknown recipe 'smal'; did you mean 'small'?"),

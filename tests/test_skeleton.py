@@ -5,7 +5,7 @@ from jmm_fast import skeleton
 from jmm_fast.errors import UserError
 from jmm_fast.skeleton import Skeleton
 
-SIZES = {"ntu25": 25, "kinect20": 20, "coco17": 17, "openpose18": 18, "h36m17": 17, "smpl24": 24}
+SIZES = {"ntu25": 25, "kinect20": 20, "coco17": 17, "openpose18": 18, "h36m17": 17, "smpl24": 24, "cmu31": 31}
 
 # 1-based child:parent, as NTU publishes them and as the released feeder subtracts them.
 NTU_BONES = (
@@ -72,8 +72,14 @@ def test_mirror_is_an_automorphism_and_its_own_inverse(name):
     np.testing.assert_array_equal(mirror[mirror], np.arange(layout.num_joints))
     np.testing.assert_array_equal(layout.hops()[mirror][:, mirror], layout.hops())
     for left, right in layout.pairs:
-        assert layout.joint_names[left].replace("left", "right") == layout.joint_names[right]
-    sided = [joint for joint, text in enumerate(layout.joint_names) if "left" in text or "right" in text]
+        text = layout.joint_names[left]
+        assert layout.joint_names[right] == ("r" + text[1:] if name == "cmu31" else text.replace("left", "right"))
+    middle = {"root", "lowerback", "upperback", "thorax", "lowerneck", "upperneck", "head"}
+    sided = [
+        joint
+        for joint, text in enumerate(layout.joint_names)
+        if (text not in middle if name == "cmu31" else "left" in text or "right" in text)
+    ]
     assert sorted(joint for pair in layout.pairs for joint in pair) == sided
 
 
@@ -89,6 +95,12 @@ def test_order_puts_parents_first():
 
 def test_from_parents_finds_pairs_by_name():
     names = ["Hips", "LeftUpLeg", "RightUpLeg", "ArmL", "ArmR", "LHand", "RHand", "Lumbar", "l_toe", "r_toe"]
+    assert skeleton.sides_and_stems(["lfemur", "rfemur", "lowerback", "lToe"]) == [
+        ("left", "femur"),
+        ("right", "femur"),
+        (None, "lowerback"),
+        (None, "ltoe"),
+    ]
     layout = Skeleton.from_parents(np.array([-1, 0, 0, 0, 0, 3, 4, 0, 1, 2]), names)
     assert layout.name == "custom"
     assert layout.pairs == ((1, 2), (3, 4), (5, 6), (8, 9))

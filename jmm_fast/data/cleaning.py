@@ -23,6 +23,7 @@ class Cleaner:
         dropped: ``{"clip": ..., "reason": ...}`` of each clip left out.
         empty_frames: frames removed because no body was in them.
         empty_bodies: bodies removed because all their frames were empty.
+        kept_rows: bool ``[F]``, which rows of the block cleaned last are left: for what goes along with the frames.
     """
 
     where: str
@@ -30,6 +31,7 @@ class Cleaner:
     dropped: list[dict[str, str]] = field(default_factory=list)
     empty_frames: int = 0
     empty_bodies: int = 0
+    kept_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
 
     def clean(
         self,
@@ -100,6 +102,7 @@ class Cleaner:
         self.empty_frames += int((lengths - live_frames)[usable].sum())
         self.empty_bodies += int((usable[clip_of_body] & ~body_lives).sum())
         keep_row &= np.repeat(usable[clip_of_body], body_rows)
+        self.kept_rows = keep_row
         body_of_row = np.repeat(np.arange(len(body_rows)), body_rows)
         new_body_rows = np.bincount(body_of_row[keep_row], minlength=len(body_rows))
         new_clip_rows = np.bincount(clip_of_body, weights=new_body_rows, minlength=clips).astype(np.int64)
@@ -141,3 +144,20 @@ def center_clips(contents: StoreContents, joint: int) -> None:
     shift = np.repeat(frames[origin_row, joint], np.diff(offsets), axis=0)
     shift[~lives] = 0
     frames -= shift[:, None]
+
+
+def center_rows(frames: np.ndarray, offsets: np.ndarray, joints: list[int], seen: np.ndarray) -> None:
+    """:func:`center_clips` where joints may be missing: the origin is the mean of ``joints`` where all are first seen.
+
+    Joints that are missing become zero; a clip in which ``joints`` are never seen is not moved. In place.
+
+    Args:
+        frames: float32 ``[F, V, 3]``; offsets: int64 ``[N + 1]``; seen: bool ``[F, V]``.
+    """
+    rows = np.append(np.flatnonzero(seen[:, joints].all(axis=1)), len(frames))
+    origin_row = rows[np.searchsorted(rows, offsets[:-1])]
+    held = origin_row < offsets[1:]
+    shift = np.zeros((len(held), 3), np.float32)
+    shift[held] = frames[origin_row[held]][:, joints].mean(axis=1)
+    frames -= np.repeat(shift, np.diff(offsets), axis=0)[:, None]
+    frames[~seen] = 0

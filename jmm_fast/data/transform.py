@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jmm_fast.data.mapping import JointMapping
+from jmm_fast.data.mapping import JointMapping, joint_parts
 from jmm_fast.errors import UserError
 from jmm_fast.skeleton import Skeleton
 
@@ -63,12 +63,12 @@ def face_camera(frames: np.ndarray, layout: Skeleton) -> np.ndarray:
 
     Args:
         frames: float32 ``[M, n, V, 3]``.
-        layout: must have ``left_shoulder`` and ``right_shoulder``.
+        layout: must have joints whose names tell that they are the shoulders (:data:`jmm_fast.data.mapping.PARTS`).
 
     Raises:
         UserError: the layout has no shoulders.
     """
-    names = {name: joint for joint, name in enumerate(layout.joint_names)}
+    names = joint_parts(layout)
     if "left_shoulder" not in names or "right_shoulder" not in names:
         raise UserError(f"--view needs joints named left_shoulder and right_shoulder, which {layout.name} has not")
     live = frames.any(axis=(2, 3))

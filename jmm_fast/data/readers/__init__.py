@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jmm_fast.data.collect import ClipSource, collect, first_clip
-from jmm_fast.data.readers import common, npz, pku, ragged, synthetic, table, uiprmd
+from jmm_fast.data.readers import bvh, common, npz, pku, pyskl, ragged, synthetic, table, uiprmd
 from jmm_fast.data.store import ClipStore, StoreContents, write_store
 from jmm_fast.errors import UserError
 
@@ -72,6 +72,18 @@ READERS = {
             open=table.FolderSource,
         ),
         Reader(
+            name="pyskl",
+            help="pickle of pyskl and mmaction2: split, annotations with 2D or 3D keypoints",
+            options=pyskl.PysklOptions,
+            read=pyskl.read,
+        ),
+        Reader(
+            name="bvh",
+            help="BVH motion capture: a folder or .zip of .bvh files of one skeleton",
+            options=bvh.BvhOptions,
+            open=bvh.open,
+        ),
+        Reader(
             name="synthetic",
             help="made-up actions of an articulated NTU-25 figure; needs no input",
             options=synthetic.SyntheticOptions,
@@ -118,6 +130,8 @@ def prepare(
         if reader.needs_input:
             common.transform_contents(contents, options)
             common.add_label_subsets(contents, options)
+        for warning in contents.provenance.get("warnings", ()):
+            say(f"warning: {warning}")
         write_store(out, contents)
     else:
         _prepare_files(reader, Path(raw), out, options, workers, say)
