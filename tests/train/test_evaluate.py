@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from jmm_fast.data import ClipStore
+from jmm_fast.data import ClipStore, write_store
 from jmm_fast.errors import UserError
 from jmm_fast.recipes import released
 from jmm_fast.train import evaluate
@@ -93,6 +93,22 @@ def test_raw_neighbours_and_the_probe_see_the_modality_of_the_run(run, clips):
     assert [line["modality"] for line in lines["bone"]] == ["bone"] * 3
     for joint, bone in zip(lines["joint"], lines["bone"], strict=True):
         assert (joint["top1"], joint["top5"]) != (bone["top1"], bone["top5"]), joint["protocol"]
+
+
+def test_finetuning_takes_the_labels_that_the_store_names(run, clips, tmp_path):
+    store = ClipStore.open(clips)
+    split = store.split("xsub")
+    chosen = split.train[[0, 3, 5, 6, 9]]
+    fields = {name: getattr(store, name) for name in ("class_names", "skeleton", "splits", "names")}
+    fields |= {name: getattr(store, name).numpy() for name in ("frames", "offsets", "body_offsets", "labels")}
+    subsets = {"xsub": {"0.1": [store.names[clip] for clip in chosen.tolist()]}}
+    write_store(tmp_path / "subsets", **fields, label_subsets=subsets)
+    said = []
+    settings = {"labels": 0.1, "batch_size": 2, "epochs": 1, "warmup_epochs": 0}
+    line = finetune(source(run, finetune=settings), data=tmp_path / "subsets", say=said.append)
+    assert line["train_clips"] == 5 and f"on 5 of {len(split.train)} training clips" in said[0]
+    drawn = finetune(source(run, finetune=settings), data=clips, overwrite=True, say=quiet)
+    assert drawn["train_clips"] == len(store.labels[split.train].unique())
 
 
 def test_pooled_features_leave_out_what_is_missing(gappy_clips, config):
