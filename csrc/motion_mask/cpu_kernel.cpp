@@ -254,12 +254,18 @@ inline bool known(const Problem& p, const bool* valid, int64_t token) {
 }
 
 /// Scores that are not known become 0; what `score_body` found out about all scores is found out about the rest.
-void forget_unknown(const Problem& p, const bool* valid, float* score, float& largest, float& sum) {
-  largest = 0.0f, sum = 0.0f;
-  for (int64_t i = 0; i < p.tokens; ++i) {
-    score[i] = known(p, valid, i) ? score[i] : 0.0f;
-    largest = score[i] > largest ? score[i] : largest;
-    sum += score[i];
+void forget_unknown(const Problem& p, const bool* __restrict valid, float* score, Extent& extent) {
+  // On the bits, without branches: nobody can predict which tokens were seen.
+  typedef int32_t Bits __attribute__((may_alias));
+  Bits* __restrict bits = reinterpret_cast<Bits*>(score);
+  for (int64_t i = p.joints; i < p.tokens; ++i) bits[i] &= -static_cast<int32_t>(valid[i] & valid[i - p.joints]);
+  for (int64_t v = 0; v < p.joints; ++v) bits[v] = bits[p.joints + v];
+  for (int64_t i = p.tokens; i < p.tokens + kLanes; ++i) bits[i] = 0;
+  extent.largest = extent.sum = Vec{};
+  for (int64_t i = 0; i < p.tokens; i += kLanes) {
+    const Vec value = load(score + i);
+    extent.largest = larger(extent.largest, value);
+    extent.sum += value;
   }
 }
 
@@ -545,13 +551,12 @@ bool draw(const Problem& p, const Result& result, float* memory, int64_t body) {
   const Buffers b = split(p, memory);
   const float* clip = p.clips + body * p.body_stride;
   fill_draws(p, body, b.draw);
-  const Extent extent = p.variant == kReleased ? score_body<kReleased>(p, b, clip)
-                        : p.variant == kPaper  ? score_body<kPaper>(p, b, clip)
-                                               : score_body<kMamp>(p, b, clip);
-  const float norm = max_lanes(extent.norm);
-  float largest = max_lanes(extent.largest), sum = sum_lanes(extent.sum);
+  Extent extent = p.variant == kReleased ? score_body<kReleased>(p, b, clip)
+                  : p.variant == kPaper  ? score_body<kPaper>(p, b, clip)
+                                         : score_body<kMamp>(p, b, clip);
   const bool* valid = p.valid != nullptr ? p.valid + body * p.tokens : nullptr;
-  if (valid != nullptr) forget_unknown(p, valid, b.score, largest, sum);
+  if (valid != nullptr) forget_unknown(p, valid, b.score, extent);
+  const float largest = max_lanes(extent.largest), norm = max_lanes(extent.norm), sum = sum_lanes(extent.sum);
   const float tau = static_cast<float>(p.tau), scale = largest * tau + 1e-10f;
   int32_t least = 0, most = 0;
   const float total = fill_ratios(b, p.tokens, largest, scale, least, most);
@@ -560,9 +565,9 @@ bool draw(const Problem& p, const Result& result, float* memory, int64_t body) {
   int64_t seen = p.tokens;
   if (valid != nullptr) {
     seen = 0;
+    for (int64_t i = 0; i < p.tokens; ++i) seen += valid[i];
     for (int64_t i = 0; i < p.tokens; ++i) {
-      seen += valid[i];
-      if (!valid[i]) bits[i] = highest;
+      bits[i] = (bits[i] & -static_cast<int32_t>(valid[i])) | ((static_cast<int32_t>(valid[i]) - 1) & highest);
     }
     if (seen <= p.kept) {
       int64_t spare = p.kept - seen;
