@@ -231,7 +231,7 @@ inline void compare(const In* __restrict prediction, const float* __restrict tar
 
 template <int kChannels, int kPatch, typename In, typename Out>
 double sweep(const Problem& p, const Shape& shape, const Scratch& s, const float* clip, int64_t clip_step,
-             const uint8_t* mask, const In* prediction, Out* gradient) {
+             const uint8_t* mask, const uint8_t* valid, const In* prediction, Out* gradient) {
   const int64_t numbers = shape.numbers, row = shape.row, patch = p.patch, channels = p.channels, joints = p.joints;
   DoubleVec total{};
   int64_t waiting = 0, done = 0;
@@ -246,7 +246,7 @@ double sweep(const Problem& p, const Shape& shape, const Scratch& s, const float
           {clip + frame * clip_step, s.motion + t * patch * row, s.mean + t * joints, s.inverse + t * joints, clip_step,
            p.stride * clip_step, smaller(patch, moving > 0 ? moving : 0)});
     }
-    const int64_t tokens = steps * joints;
+    const int64_t tokens = steps * joints, rows_before = waiting;
     const uint8_t* masked = mask + first * joints * p.mask_token;
     for (int64_t t = 0, token = 0; t < steps; ++t) {
       const float* motion = s.motion + t * patch * row;
@@ -257,12 +257,16 @@ double sweep(const Problem& p, const Shape& shape, const Scratch& s, const float
         waiting += numbers & -static_cast<int64_t>(!p.masked_only || masked[token * p.mask_token] != 0);
       }
     }
-    if (!p.masked_only) {
-      // Where nothing is masked, a target equal to the prediction adds nothing and has no gradient.
+    if (!p.masked_only || valid != nullptr) {
+      // Where nothing is to be predicted, a target equal to the prediction adds nothing and has no gradient.
+      int64_t at = rows_before;
       for (int64_t token = 0; token < tokens; ++token) {
-        if (masked[token * p.mask_token] != 0) continue;
-        const int64_t at = waiting - (tokens - token) * numbers;
-        for (int64_t i = 0; i < numbers; ++i) s.target[at + i] = as_float(prediction[done + at + i]);
+        const bool hidden = masked[token * p.mask_token] != 0;
+        if (p.masked_only && !hidden) continue;
+        if (!hidden || (valid != nullptr && valid[(first * joints + token) * p.valid_token] == 0)) {
+          for (int64_t i = 0; i < numbers; ++i) s.target[at + i] = as_float(prediction[done + at + i]);
+        }
+        at += numbers;
       }
     }
     const int64_t whole = waiting / kLanes * kLanes;
@@ -302,11 +306,12 @@ double choose(const Problem& p, const Shape& shape, const Scratch& s, int64_t bo
     step = shape.width;
   }
   const uint8_t* mask = p.mask + body * p.mask_body;
+  const uint8_t* valid = p.valid != nullptr ? p.valid + body * p.valid_body : nullptr;
   Out* gradient = static_cast<Out*>(p.gradient);
   if (gradient != nullptr) gradient += body * p.rows * shape.numbers;
-  if (p.channels != 3) return sweep<0, 0>(p, shape, s, clip, step, mask, prediction, gradient);
-  if (p.patch != 4) return sweep<3, 0>(p, shape, s, clip, step, mask, prediction, gradient);
-  return sweep<3, 4>(p, shape, s, clip, step, mask, prediction, gradient);
+  if (p.channels != 3) return sweep<0, 0>(p, shape, s, clip, step, mask, valid, prediction, gradient);
+  if (p.patch != 4) return sweep<3, 0>(p, shape, s, clip, step, mask, valid, prediction, gradient);
+  return sweep<3, 4>(p, shape, s, clip, step, mask, valid, prediction, gradient);
 }
 
 }  // namespace
@@ -322,6 +327,15 @@ int64_t count_masked(const Problem& p, int64_t body) {
   } else {
     for (int64_t i = 0; i < tokens; ++i) count += mask[i * p.mask_token] != 0;
   }
+  return count;
+}
+
+int64_t count_predicted(const Problem& p, int64_t body) {
+  if (p.valid == nullptr) return count_masked(p, body);
+  const uint8_t *mask = p.mask + body * p.mask_body, *valid = p.valid + body * p.valid_body;
+  const int64_t tokens = Shape(p).tokens;
+  int64_t count = 0;
+  for (int64_t i = 0; i < tokens; ++i) count += mask[i * p.mask_token] != 0 && valid[i * p.valid_token] != 0;
   return count;
 }
 

@@ -34,7 +34,8 @@ Tensor empty(const Tensor& like, int64_t rows, int64_t columns, ScalarType dtype
 /// The fifth result counts the bodies whose set was settled in double precision.
 std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t> run(const Tensor& clips, int64_t kept, double tau, int64_t patch,
                                                         int64_t variant, double gate, std::optional<Tensor> uniform,
-                                                        int64_t seed, int64_t epoch, std::optional<Tensor> clip_ids) {
+                                                        int64_t seed, int64_t epoch, std::optional<Tensor> clip_ids,
+                                                        std::optional<Tensor> valid) {
   STD_TORCH_CHECK(clips.is_cpu() && clips.dim() == 4 && clips.scalar_type() == ScalarType::Float,
                   "clips must be a float32 CPU tensor [B,T,V,C]");
   STD_TORCH_CHECK(patch >= 1 && clips.size(1) % patch == 0 && clips.size(1) >= 2 * patch,
@@ -64,6 +65,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t> run(const Tensor& clips, int
                     "clip_ids must be an int64 CPU tensor [B]");
     clip_ids = torch::stable::contiguous(*clip_ids);
     p.clip_ids = static_cast<const int64_t*>(clip_ids->const_data_ptr());
+  }
+  if (valid.has_value()) {
+    STD_TORCH_CHECK(valid->is_cpu() && valid->dim() == 2 && valid->scalar_type() == ScalarType::Bool &&
+                        valid->size(0) == p.bodies && valid->size(1) == p.tokens,
+                    "valid must be a bool CPU tensor [B,L]");
+    valid = torch::stable::contiguous(*valid);
+    p.valid = static_cast<const bool*>(valid->const_data_ptr());
   }
 
   Tensor visible = empty(clips, p.bodies, kept, ScalarType::Long);

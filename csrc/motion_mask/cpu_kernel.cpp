@@ -247,6 +247,28 @@ Extent score_body(const Problem& p, const Buffers& b, const float* body) {
   return packed ? score_body<kVariant, 0, true>(p, b, body) : score_body<kVariant, 0, false>(p, b, body);
 }
 
+/// Whether the score of a token compares two tokens that were seen; `valid` is the body's, or null.
+inline bool known(const Problem& p, const bool* valid, int64_t token) {
+  const int64_t later = token < p.joints ? token + p.joints : token;
+  return valid == nullptr || (valid[later] && valid[later - p.joints]);
+}
+
+/// Scores that are not known become 0; what `score_body` found out about all scores is found out about the rest.
+void forget_unknown(const Problem& p, const bool* __restrict valid, float* score, Extent& extent) {
+  // On the bits, without branches: nobody can predict which tokens were seen.
+  typedef int32_t Bits __attribute__((may_alias));
+  Bits* __restrict bits = reinterpret_cast<Bits*>(score);
+  for (int64_t i = p.joints; i < p.tokens; ++i) bits[i] &= -static_cast<int32_t>(valid[i] & valid[i - p.joints]);
+  for (int64_t v = 0; v < p.joints; ++v) bits[v] = bits[p.joints + v];
+  for (int64_t i = p.tokens; i < p.tokens + kLanes; ++i) bits[i] = 0;
+  extent.largest = extent.sum = Vec{};
+  for (int64_t i = 0; i < p.tokens; i += kLanes) {
+    const Vec value = load(score + i);
+    extent.largest = larger(extent.largest, value);
+    extent.sum += value;
+  }
+}
+
 /// The score as the plain twin computes it.
 double exact_score(const Problem& p, const float* body, int64_t token) {
   const int64_t step = token < p.joints ? 1 : token / p.joints;
@@ -284,12 +306,12 @@ double exact_score(const Problem& p, const float* body, int64_t token) {
 }
 
 /// Moves the `wanted` smallest keys to the front, ties by token (`b.index` ascends at first); NaN counts as largest.
-void select_exact(const Problem& p, const Buffers& b, const float* body, const float* draws, int64_t candidates,
-                  int64_t wanted, float least_of_largest) {
+void select_exact(const Problem& p, const Buffers& b, const float* body, const bool* valid, const float* draws,
+                  int64_t candidates, int64_t wanted, float least_of_largest) {
   double largest = 0;
   for (int64_t token = p.joints; token < p.tokens; ++token) {
     // Written so that NaN is looked at as well, and wins.
-    if (b.score[token] < least_of_largest) continue;
+    if (b.score[token] < least_of_largest || !known(p, valid, token)) continue;
     const double score = exact_score(p, body, token);
     if (!(score <= largest)) largest = score;
     if (score != score) break;
@@ -297,7 +319,7 @@ void select_exact(const Problem& p, const Buffers& b, const float* body, const f
   const double scale = largest * p.tau + 1e-10;
   for (int64_t i = 0; i < candidates; ++i) {
     const int32_t token = b.index[i];
-    const double z = exact_score(p, body, token) / scale;
+    const double z = known(p, valid, token) ? exact_score(p, body, token) / scale : 0.0;
     b.key[i] = z - __builtin_log(-__builtin_log(static_cast<double>(draws[token]) + 1e-10) + 1e-10);
   }
   // Insertion sort of no more than the wanted ones: stable, and the candidates are few unless keys are equal.
@@ -452,10 +474,11 @@ struct Cut {
   int64_t wanted;     ///< how many of them
 };
 
-/// Where the kept tokens end, when each ratio may be off by `slack` units in the last place either way.
-Cut find_cut(const Buffers& b, int64_t tokens, int64_t kept, int32_t least, int32_t most, int32_t slack) {
+/// Where the kept tokens end, when each ratio may be off by `slack` units in the last place either way. `seen` tokens,
+/// more than are kept, have ratios of at most `most`; the others have larger ones.
+Cut find_cut(const Buffers& b, int64_t tokens, int64_t seen, int64_t kept, int32_t least, int32_t most, int32_t slack) {
   int32_t low = least, high = most + 1;
-  int64_t below_low = 0, below_high = tokens;
+  int64_t below_low = 0, below_high = seen;
   while (below_high - below_low > kFew && high - low > 1) {
     const int32_t middle = low + (high - low) / 2;
     const int64_t below = count_below(b.ratio, tokens, middle);
@@ -528,13 +551,33 @@ bool draw(const Problem& p, const Result& result, float* memory, int64_t body) {
   const Buffers b = split(p, memory);
   const float* clip = p.clips + body * p.body_stride;
   fill_draws(p, body, b.draw);
-  const Extent extent = p.variant == kReleased ? score_body<kReleased>(p, b, clip)
-                        : p.variant == kPaper  ? score_body<kPaper>(p, b, clip)
-                                               : score_body<kMamp>(p, b, clip);
+  Extent extent = p.variant == kReleased ? score_body<kReleased>(p, b, clip)
+                  : p.variant == kPaper  ? score_body<kPaper>(p, b, clip)
+                                         : score_body<kMamp>(p, b, clip);
+  const bool* valid = p.valid != nullptr ? p.valid + body * p.tokens : nullptr;
+  if (valid != nullptr) forget_unknown(p, valid, b.score, extent);
   const float largest = max_lanes(extent.largest), norm = max_lanes(extent.norm), sum = sum_lanes(extent.sum);
   const float tau = static_cast<float>(p.tau), scale = largest * tau + 1e-10f;
   int32_t least = 0, most = 0;
   const float total = fill_ratios(b, p.tokens, largest, scale, least, most);
+  int32_t* bits = reinterpret_cast<int32_t*>(b.ratio);
+  constexpr int32_t lowest = -0x7fffffff - 1, highest = 0x7fffffff;
+  int64_t seen = p.tokens;
+  if (valid != nullptr) {
+    seen = 0;
+    for (int64_t i = 0; i < p.tokens; ++i) seen += valid[i];
+    for (int64_t i = 0; i < p.tokens; ++i) {
+      bits[i] = (bits[i] & -static_cast<int32_t>(valid[i])) | ((static_cast<int32_t>(valid[i]) - 1) & highest);
+    }
+    if (seen <= p.kept) {
+      int64_t spare = p.kept - seen;
+      for (int64_t i = 0; i < p.tokens; ++i) {
+        if (valid[i] || spare-- > 0) bits[i] = lowest;
+      }
+      write(p, result, b, body, 0, total);
+      return false;
+    }
+  }
 
   // How far a score can be from the formula, worst case: sums of up to n numbers lose n / 2 units. The mean that is
   // taken off first enters the absolute products of `released`; both vanish with the norms.
@@ -550,18 +593,19 @@ bool draw(const Problem& p, const Result& result, float* memory, int64_t body) {
   Cut cut{0, 0, 0};
   // Two ratios are each off by this much, in units in the last place of which there are 2^23 to 2^24 in a factor of 2.
   const int32_t slack = finite ? static_cast<int32_t>(2 * ratio_error * 16777216.0f) + 4 : 0;
-  if (finite) cut = find_cut(b, p.tokens, p.kept, least, most, slack);
+  if (finite) cut = find_cut(b, p.tokens, seen, p.kept, least, most, slack);
   const bool trusted = finite && cut.bound > __builtin_bit_cast(int32_t, kSmallest);
   if (!trusted) {
-    for (int64_t i = 0; i < p.tokens; ++i) b.index[i] = static_cast<int32_t>(i);
-    cut = {0, p.tokens, p.kept};
+    int64_t count = 0;
+    for (int64_t i = 0; i < p.tokens; ++i) {
+      if (valid == nullptr || valid[i]) b.index[count++] = static_cast<int32_t>(i);
+    }
+    cut = {0, count, p.kept};
   }
   if (cut.ambiguous > 0) {
-    select_exact(p, b, clip, b.draw, cut.ambiguous, cut.wanted, trusted ? largest - 2 * error : -1.0f);
-    constexpr int32_t lowest = -0x7fffffff - 1;
-    int32_t* bits = reinterpret_cast<int32_t*>(b.ratio);
+    select_exact(p, b, clip, valid, b.draw, cut.ambiguous, cut.wanted, trusted ? largest - 2 * error : -1.0f);
     if (!trusted) {
-      for (int64_t i = 0; i < p.tokens; ++i) bits[i] = 0x7fffffff;
+      for (int64_t i = 0; i < p.tokens; ++i) bits[i] = highest;
       cut.bound = 0;
     }
     for (int64_t i = 0; i < cut.wanted; ++i) bits[b.index[i]] = lowest;

@@ -19,6 +19,7 @@ struct Problem {
   const float* uniform;  ///< [B,L] contiguous, or null for Philox
   uint64_t seed, epoch;
   const int64_t* clip_ids;  ///< [B] contiguous, or null for 0..B-1
+  const bool* valid;        ///< [B,L] contiguous, which tokens were seen, or null for all
 };
 
 struct Result {

@@ -12,7 +12,7 @@ from jmm_fast import ops
 from jmm_fast.data.store import ClipStore
 from jmm_fast.errors import UserError
 from jmm_fast.ops.philox import uniform
-from jmm_fast.reference import philox
+from jmm_fast.reference import patchify, philox
 
 MODALITIES = ("joint", "bone", "motion", "bone_motion")
 
@@ -27,6 +27,7 @@ class ClipBatch:
         clip_of_body: int64 ``[Nb]``, position in this batch (0..N-1) of the body's clip.
         labels: int64 ``[N]``.
         index: int64 ``[N]``, clip index in the data set.
+        seen: bool ``[Nb, T, V]``, False where a pose that went into the number is missing; None: all are there.
     """
 
     clips: Tensor
@@ -34,6 +35,40 @@ class ClipBatch:
     clip_of_body: Tensor
     labels: Tensor
     index: Tensor
+    seen: Tensor | None = None
+
+    def valid(self, t_patch: int) -> Tensor | None:
+        """Tokens seen in all of their ``t_patch`` frames, bool ``[Nb, L]``; None: all."""
+        return None if self.seen is None else _whole_tokens(self.seen, t_patch)
+
+    def predictable(self, t_patch: int, stride: int) -> Tensor | None:
+        """Tokens whose motion ``x[t+s] - x[t]`` has both ends in every frame, bool ``[Nb, L]``; None: all.
+
+        The last ``s`` frames have no motion to predict (it is 0), so there the pose itself is enough.
+        """
+        if self.seen is None:
+            return None
+        both = self.seen[:, :-stride] & self.seen[:, stride:]
+        return _whole_tokens(torch.cat([both, self.seen[:, -stride:]], dim=1), t_patch)
+
+
+def _whole_tokens(seen: Tensor, t_patch: int) -> Tensor:
+    return patchify(seen[..., None], t_patch).all(-1).flatten(1)
+
+
+def to_modality(clips: Tensor, modality: str, bone_parents: Tensor) -> Tensor:
+    """Joint positions ``[..., T, V, 3]`` as ``modality`` shows them, see :class:`BodyBatches`.
+
+    Args:
+        bone_parents: int64 ``[V]``, where each joint's bone starts (``Skeleton.bone_parents``).
+    """
+    if modality in ("bone", "bone_motion"):
+        clips = clips - clips[..., bone_parents, :]
+    if modality in ("motion", "bone_motion"):
+        moved = torch.zeros_like(clips)
+        torch.sub(clips[..., 1:, :, :], clips[..., :-1, :, :], out=moved[..., :-1, :, :])
+        clips = moved
+    return clips
 
 
 class BodyBatches:
@@ -43,6 +78,9 @@ class BodyBatches:
     from a random start; one rotation ``Rz(c) Ry(b) Rx(a)``, angles ``U[-rotation, rotation]`` radians. Evaluation: the
     middle ``eval_crop`` of the clip, ``begin = int((1 - eval_crop) n / 2)``, no rotation. Both resample to ``window``
     frames.
+    Where the store holds confidences, a joint is seen in a frame of the store when its confidence is above
+    ``min_confidence``; in a resampled frame when it is seen in both frames that are mixed there; and as a bone or a
+    motion when both ends of that are seen. ``ClipBatch.seen`` says so. Coordinates are left as they are.
     Bodies of a clip share crop and rotation. Order, crop and rotation are Philox draws of (seed, epoch, clip index):
     independent of batch size, of the other clips, of ``start`` and of the device.
 
@@ -57,6 +95,7 @@ class BodyBatches:
         crop, eval_crop, min_length, rotation: see above.
         modality: ``joint``; ``bone``, joint minus the start of its bone (root 0); ``motion``, difference to the next
             frame (last frame 0); ``bone_motion``, both.
+        min_confidence: in [0, 1); the default counts every joint that is not missing.
         empty_bodies: ``skip`` makes rows for bodies that are there; ``keep`` makes two rows of every clip, zeros for a
             missing body, as the released code does.
         device: where batches are made and held. On a GPU the frames move there once when they fill less than half of
@@ -85,6 +124,7 @@ class BodyBatches:
         min_length: int = 64,
         rotation: float = 0.3,
         modality: Literal["joint", "bone", "motion", "bone_motion"] = "joint",
+        min_confidence: float = 0.0,
         empty_bodies: Literal["skip", "keep"] = "skip",
         device: str | torch.device = "cpu",
         backend: str = "auto",
@@ -101,6 +141,8 @@ class BodyBatches:
             raise UserError(f"rotation must not be negative, got {rotation}")
         if modality not in MODALITIES:
             raise UserError(f"modality must be one of {', '.join(MODALITIES)}, got {modality!r}")
+        if not 0 <= min_confidence < 1:
+            raise UserError(f"min_confidence must be at least 0 and below 1, got {min_confidence}")
         if empty_bodies not in ("skip", "keep"):
             raise UserError(f"empty_bodies must be skip or keep, got {empty_bodies!r}")
         self.ids = torch.as_tensor(ids, dtype=torch.int64, device="cpu")
@@ -121,6 +163,11 @@ class BodyBatches:
         self._body_offsets, self._max_bodies = store.body_offsets.numpy(), max(2, store.max_bodies)
         self._bone_parents = torch.as_tensor(store.skeleton.bone_parents(), device=self.device)
         self._frames = self._held_frames()
+        self._seen = None
+        if store.confidence is not None:
+            seen = store.confidence > min_confidence
+            if not seen.all():
+                self._seen = seen if self._frames is None else seen.to(self.device)
 
     def _held_frames(self) -> Tensor | None:
         """The frames on the device, or None when they must be sent batch by batch."""
@@ -184,6 +231,7 @@ class BodyBatches:
         length = torch.from_numpy(length[clip_of_body] * there)
         positions = torch.from_numpy(clip_of_body)
 
+        seen = None if self._seen is None else self._window_seen(start, length).to(device)
         frames = self._frames
         if frames is None:
             frames, start = self._send(start, length)
@@ -196,12 +244,29 @@ class BodyBatches:
             backend=self.backend,
         )
         return ClipBatch(
-            clips=self._modality(windows),
+            clips=to_modality(windows, self.modality, self._bone_parents),
             clip_ids=torch.from_numpy(clips[clip_of_body] + (body << 32)).to(device),
             clip_of_body=positions.to(device),
             labels=store.labels[index].to(device),
             index=index.to(device),
+            seen=seen,
         )
+
+    def _window_seen(self, start: Tensor, length: Tensor) -> Tensor:
+        """``ClipBatch.seen`` of the windows; a body that is not there is zeros to be learned, not a missing one."""
+        window = self.window
+        # The rows that ops.clip_window mixes, by its formula.
+        source = ((2 * torch.arange(window) + 1) * length[:, None] - window).clamp(min=0)
+        last = (length[:, None] - 1).clamp(min=0)
+        low, high = (torch.minimum(row, last) for row in (source // (2 * window), -(-source // (2 * window))))
+        place = self._seen.device
+        low, high = (self._seen[(start[:, None] + row).to(place)] for row in (low, high))
+        seen = low & high | (length == 0).to(place)[:, None, None]
+        if self.modality in ("bone", "bone_motion"):
+            seen = seen & seen[:, :, self._bone_parents.to(seen.device)]
+        if self.modality in ("motion", "bone_motion"):
+            seen = torch.cat([seen[:, :-1] & seen[:, 1:], seen[:, -1:]], dim=1)
+        return seen
 
     def _send(self, start: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         """Copy only the rows of these windows to the device; returns them and where each window starts among them."""
@@ -213,15 +278,6 @@ class BodyBatches:
         for source, count, end in zip(start.tolist(), length.tolist(), ends.tolist(), strict=True):
             rows[end - count : end] = self.store.frames[source : source + count]
         return rows.to(self.device, non_blocking=True), ends - length
-
-    def _modality(self, clips: Tensor) -> Tensor:
-        if self.modality in ("bone", "bone_motion"):
-            clips = clips - clips[:, :, self._bone_parents]
-        if self.modality in ("motion", "bone_motion"):
-            moved = torch.zeros_like(clips)
-            torch.sub(clips[:, 1:], clips[:, :-1], out=moved[:, :-1])
-            clips = moved
-        return clips
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[ClipBatch]:
         """The batches of ``epoch`` from batch ``start`` on; skipping costs nothing."""

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import threading
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -174,7 +175,7 @@ def collect(
             atomic_write_text(folder / "key", key)
         chunks = _read_runs(source, runs, folder, transform, on_error, workers, say)
         yield _assemble(source, chunks, transform, select, on_error)
-    shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def first_clip(source: ClipSource) -> RawClip:
@@ -232,11 +233,14 @@ def _locked(folder: Path, out: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{out}: another prepare is writing it") from None
-        yield
+        try:
+            yield
+        finally:
+            # While the lock is held: the folder of another prepare must not go.
+            if not any(folder.glob("*.npz")):
+                shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(lock)
-        if not any(folder.glob("*.npz")):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read_runs(
@@ -287,8 +291,9 @@ def _read_runs(
 def _whole_chunk(path: Path) -> _Chunk | None:
     # Chunks are renamed into place when they are whole, so one that cannot be read was damaged later: read it again.
     try:
-        return _Chunk(path)
-    except (OSError, ValueError, KeyError, EOFError):
+        with zipfile.ZipFile(path) as archive:
+            return _Chunk(path) if archive.testzip() is None else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
 
@@ -338,11 +343,14 @@ def _read_run(
 
 def _fault(clip: RawClip, source: ClipSource) -> str | None:
     """Why a clip cannot be trained on; None when it can."""
-    frames = clip.frames
+    frames, confidence = clip.frames, clip.confidence
+    assert frames.dtype == np.float32
     if frames.shape[1] < MIN_FRAMES:
         return f"has {frames.shape[1]} frames with a body, expected at least {MIN_FRAMES}"
     if not np.isfinite(frames).all():
         return f"holds {int((~np.isfinite(frames)).sum())} NaN or infinite coordinates"
+    if confidence is not None and not ((confidence >= 0) & (confidence <= 1)).all():
+        return "holds confidences outside [0, 1]"
     if source.class_names is not None and not 0 <= int(clip.label) < len(source.class_names):
         return f"has class {int(clip.label) + 1}, outside the {len(source.class_names)} classes"
     return None
@@ -352,6 +360,7 @@ def _write_chunk(path: Path, clips: list[RawClip], entries: list, errors: int, j
     head = {
         "names": [clip.name for clip in clips],
         "labels": [clip.label for clip in clips],
+        "told": [clip.confidence is not None for clip in clips],
         "columns": {name: [clip.columns[name] for clip in clips] for name in (clips[0].columns if clips else ())},
         "log": entries,
         "errors": errors,
@@ -434,7 +443,7 @@ def _assemble(
     parts = [(chunk, kept[begin:end]) for chunk, begin, end in zip(chunks, firsts[:-1], firsts[1:], strict=True)]
     parts = [(chunk, part) for chunk, part in parts if part.any()]
     contents.frames = [ChunkBlock(chunk, "frames", part) for chunk, part in parts]
-    if any(chunk.has_confidence for chunk, _ in parts):
+    if any(told for told, keep in zip((told for head in heads for told in head["told"]), kept, strict=True) if keep):
         contents.confidence = [ChunkBlock(chunk, "confidence", part) for chunk, part in parts]
     contents.offsets = edges((bodies * lengths)[kept])
     contents.body_offsets = edges(np.repeat(lengths[kept], bodies[kept]))

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from jmm_fast.data.splits import ColumnTable, Split, split_masks
+from jmm_fast.data.splits import ColumnTable, Split, split_masks, stratified_fraction
 from jmm_fast.errors import UserError
 from jmm_fast.files import atomic_path
 from jmm_fast.skeleton import Skeleton
@@ -361,6 +361,27 @@ class ClipStore:
             name=spec, train=torch.as_tensor(np.flatnonzero(train)), test=torch.as_tensor(np.flatnonzero(test))
         )
 
+    def labelled(self, split: Split, fraction: float, seed: int) -> torch.Tensor:
+        """The training clips of ``split`` that keep their labels when only ``fraction`` of them may.
+
+        Those that the store names for this split and fraction (``label_subsets``: published lists, or made once by
+        ``prepare --label-fractions``), else :func:`jmm_fast.data.stratified_fraction` with ``seed``; all at 1.
+
+        Returns:
+            int64 clip indices, ascending.
+
+        Raises:
+            UserError: ``fraction`` is not in (0, 1], or the stored subset names no training clip of the split.
+        """
+        named = self.label_subsets.get(split.name, {}).get(f"{fraction:g}")
+        if named is None or fraction == 1:
+            return stratified_fraction(self.labels, split.train, fraction, seed)
+        held = set(named)
+        chosen = split.train[[self.names[clip] in held for clip in split.train.tolist()]]
+        if not len(chosen):
+            raise UserError(f"{self.path}: label subset {fraction:g} of split {split.name!r} names no training clip")
+        return chosen
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over everything but the bulk of the frames, of which 256 evenly spaced blocks enter."""
@@ -376,6 +397,8 @@ class ClipStore:
                 name: {part: ids.tolist() for part, ids in split.items()} for name, split in self.splits.items()
             },
         }
+        if self.label_subsets:
+            head["label_subsets"] = self.label_subsets
         digest.update(json.dumps(head, sort_keys=True).encode())
         for name, tensor in [
             ("offsets", self.offsets),

@@ -26,10 +26,10 @@ class LinearProbe(nn.Module):
         self.encoder.eval()  # frozen: no stochastic depth either
         return self
 
-    def features(self, clips: Tensor, clip_of_body: Tensor, num_clips: int) -> Tensor:
-        """Pooled features ``[num_clips,d]`` of the bodies ``[B,T,V,C]``."""
+    def features(self, clips: Tensor, clip_of_body: Tensor, num_clips: int, valid: Tensor | None = None) -> Tensor:
+        """Pooled features ``[num_clips,d]`` of the bodies ``[B,T,V,C]``, of ``valid [B,L]`` tokens alone."""
         with torch.no_grad():
-            return pool(self.encoder(clips), clip_of_body, num_clips)
+            return pool(self.encoder(clips), clip_of_body, num_clips, valid)
 
     def head(self, features: Tensor) -> Tensor:
         """Logits ``[N,classes]`` from pooled features ``[N,d]``."""

@@ -61,18 +61,22 @@ class Encoder(nn.Module):
         return self.stack(x, joint)
 
 
-def pool(tokens: Tensor, clip_of_body: Tensor, num_clips: int) -> Tensor:
+def pool(tokens: Tensor, clip_of_body: Tensor, num_clips: int, valid: Tensor | None = None) -> Tensor:
     """One feature vector per clip: the mean over tokens and over the clip's bodies.
 
     Args:
         tokens: ``[B,L,d]``, the features of each body.
         clip_of_body: int64 ``[B]``, the clip each body belongs to, in ``[0, num_clips)``.
         num_clips: clips in the batch, each with a body at least.
+        valid: bool ``[B,L]``, the tokens whose mean is taken (of a body without any: all); None: all.
 
     Returns:
         ``[num_clips,d]``.
     """
-    return mean_over_bodies(tokens.mean(1), clip_of_body, num_clips)
+    if valid is None:
+        return mean_over_bodies(tokens.mean(1), clip_of_body, num_clips)
+    weight = (valid | ~valid.any(1, keepdim=True)).to(tokens.dtype)[..., None]
+    return mean_over_bodies((tokens * weight).sum(1) / weight.sum(1), clip_of_body, num_clips)
 
 
 def mean_over_bodies(features: Tensor, clip_of_body: Tensor, num_clips: int) -> Tensor:

@@ -29,6 +29,12 @@ def integer(name: str, tensor: object, shape: str, dims: int) -> None:
     require(ok, name, f"int {shape}", tensor)
 
 
+def boolean(name: str, tensor: object, shape: tuple[int, ...]) -> None:
+    """A bool tensor of exactly ``shape``."""
+    ok = isinstance(tensor, Tensor) and tensor.dtype == torch.bool and tensor.shape == shape
+    require(ok, name, f"bool {list(shape)}", tensor)
+
+
 def same_device(**tensors: Tensor | None) -> None:
     """All given tensors lie on the device of the first."""
     first_name, first = next(iter(tensors.items()))

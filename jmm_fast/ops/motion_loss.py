@@ -8,14 +8,15 @@ from jmm_fast.ops import checks
 from jmm_fast.ops.backend import choose, library
 
 library.define(
-    "motion_loss(Tensor prediction, Tensor clips, Tensor mask, *, int t_patch, int stride, bool normalize) -> Tensor"
+    "motion_loss(Tensor prediction, Tensor clips, Tensor mask, *, int t_patch, int stride, bool normalize, "
+    "Tensor? valid=None) -> Tensor"
 )
 # Plain tensor code all the way down: autograd, fake tensors, compile and export look through it.
 library.impl("motion_loss", reference.motion_loss, "CompositeImplicitAutograd")
 
 library.define(
     "motion_loss_forward(Tensor prediction, Tensor clips, Tensor mask, int t_patch, int stride, bool normalize, "
-    "bool differentiate) -> (Tensor, Tensor)"
+    "bool differentiate, Tensor? valid=None) -> (Tensor, Tensor)"
 )
 
 
@@ -27,13 +28,15 @@ def motion_loss(
     t_patch: int = 4,
     stride: int = 1,
     normalize: bool = True,
+    valid: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Mean squared error between predicted and true motion, over masked tokens.
+    """Mean squared error between predicted and true motion, over masked tokens whose motion is known.
 
     ``m[t] = x[t+s] - x[t]`` for ``t < T-s``, 0 for the last ``s`` frames; ``y`` = ``m`` cut into tokens of ``n = u*C``
     numbers; with ``normalize``, ``y <- (y - mean y) / sqrt(var y + 1e-6)`` per token (unbiased variance).
-    ``loss = sum_l mask_l * mean_i (prediction_li - y_li)^2 / sum_l mask_l`` over all bodies; 0 when nothing is masked.
+    ``loss = sum_l w_l * mean_i (prediction_li - y_li)^2 / sum_l w_l`` over all bodies, ``w = mask and valid``; 0 when
+    nothing is to be predicted.
 
     Args:
         prediction: floating ``[B,L,u*C]``; or ``[B,M,u*C]``, the masked tokens alone in ascending order, when every
@@ -44,6 +47,8 @@ def motion_loss(
         t_patch: frames per token, ``u``.
         stride: frames between the two poses of a difference, ``s``, in ``[1, T)``.
         normalize: predict each token's motion up to its own mean and scale.
+        valid: bool ``[B,L]``, False where a pose that the token's motion needs is missing; None: all are there. All
+            True gives what None gives, bit for bit.
         backend: see ``jmm_fast.backends()``. ``"cpu"`` takes a float32 or bfloat16 prediction (computed in float32, the
             gradient in the dtype of the prediction) and float32 clips that need no gradient.
 
@@ -68,14 +73,11 @@ def motion_loss(
         f"floating [{bodies}, {tokens}, {t_patch * channels}], or of the masked tokens alone",
         prediction,
     )
-    checks.require(
-        isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == (bodies, tokens),
-        "mask",
-        f"bool [{bodies}, {tokens}]",
-        mask,
-    )
+    checks.boolean("mask", mask, (bodies, tokens))
+    if valid is not None:
+        checks.boolean("valid", valid, (bodies, tokens))
     checks.require(isinstance(stride, int) and 1 <= stride < frames, "stride", f"in [1, {frames})", stride)
-    checks.same_device(prediction=prediction, clips=clips, mask=mask)
+    checks.same_device(prediction=prediction, clips=clips, mask=mask, valid=valid)
     if count < tokens and mask.device.type == "cpu" and not torch.compiler.is_compiling():
         masked = mask.sum(1)
         if (masked != count).any():
@@ -84,8 +86,10 @@ def motion_loss(
                 f"{list(prediction.shape)} where bodies have {masked.min()} to {masked.max()} of {tokens} tokens masked"
             )
     if choose("motion_loss", backend, prediction, _refusal(prediction, clips)) == "cpu":
-        return _NativeLoss.apply(prediction, clips, mask, t_patch, stride, bool(normalize))
-    return torch.ops.jmm_fast.motion_loss(prediction, clips, mask, t_patch=t_patch, stride=stride, normalize=normalize)
+        return _NativeLoss.apply(prediction, clips, mask, t_patch, stride, bool(normalize), valid)
+    return torch.ops.jmm_fast.motion_loss(
+        prediction, clips, mask, t_patch=t_patch, stride=stride, normalize=normalize, valid=valid
+    )
 
 
 def _refusal(prediction: Tensor, clips: Tensor) -> str | None:
@@ -103,9 +107,9 @@ class _NativeLoss(torch.autograd.Function):
     """The kernel of the C++ extension, which computes the gradient on its way through the forward pass."""
 
     @staticmethod
-    def forward(ctx, prediction, clips, mask, t_patch, stride, normalize):
+    def forward(ctx, prediction, clips, mask, t_patch, stride, normalize, valid):
         loss, gradient = torch.ops.jmm_fast.motion_loss_forward(
-            prediction, clips, mask, t_patch, stride, normalize, ctx.needs_input_grad[0]
+            prediction, clips, mask, t_patch, stride, normalize, ctx.needs_input_grad[0], valid
         )
         ctx.save_for_backward(gradient)
         return loss
@@ -114,11 +118,11 @@ class _NativeLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss):
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_loss, None, None, None, None, None
+        return gradient * grad_loss, None, None, None, None, None, None
 
 
 @torch.library.register_fake("jmm_fast::motion_loss_forward", lib=library)
-def _fake_forward(prediction, clips, mask, t_patch, stride, normalize, differentiate):
+def _fake_forward(prediction, clips, mask, t_patch, stride, normalize, differentiate, valid=None):
     bodies, rows, numbers = prediction.shape
     loss = prediction.new_empty((), dtype=torch.float32)
     return loss, prediction.new_empty(bodies if differentiate else 0, rows, numbers)

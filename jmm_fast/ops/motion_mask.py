@@ -13,13 +13,13 @@ VARIANTS = ("released", "paper", "mamp")
 
 library.define(
     "motion_mask(Tensor clips, float mask_ratio, float tau, int t_patch, str variant, float? gate, Tensor? uniform, "
-    "SymInt seed, SymInt epoch, Tensor? clip_ids, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
+    "SymInt seed, SymInt epoch, Tensor? clip_ids, str backend, Tensor? valid=None) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 # What the C++ extension serves, called inside the op above: compilers see that one alone. The last result counts the
 # bodies whose set was settled in double precision.
 library.define(
     "motion_mask_cpu(Tensor clips, int kept, float tau, int t_patch, int variant, float gate, Tensor? uniform, "
-    "int seed, int epoch, Tensor? clip_ids) -> (Tensor, Tensor, Tensor, Tensor, int)"
+    "int seed, int epoch, Tensor? clip_ids, Tensor? valid=None) -> (Tensor, Tensor, Tensor, Tensor, int)"
 )
 
 
@@ -51,6 +51,7 @@ def motion_mask(
     seed: int = 0,
     epoch: int = 0,
     clip_ids: Tensor | None = None,
+    valid: Tensor | None = None,
     backend: str = "auto",
 ) -> MotionMask:
     """Draw a mask that hides moving joints more often than still ones.
@@ -66,6 +67,15 @@ def motion_mask(
     - ``key_l = z_l - log(-log(U_l + 1e-10) + 1e-10)``, ``U ~ Uniform[0,1)``: the ``K = int(L * (1 - mask_ratio))``
       smallest keys stay visible (ties: the lower token), the rest is masked.
 
+    With ``valid``, where a token is False unless it was really seen:
+
+    - a score that compares with a token that is not valid says nothing: it becomes 0, so it enters neither the maximum
+      nor, but for the 0, the probabilities. With ``w[t',v] = valid[t',v] and valid[t'-1,v]`` for ``t' >= 1`` and
+      ``w[0,v] = w[1,v]``, ``score <- score if w else 0``
+    - tokens that are not valid come after all valid ones, in the order of the grid: they stay visible only where fewer
+      than ``K`` tokens are valid, and are masked otherwise. ``mask`` stays "all but the visible ones";
+      ``jmm_fast.ops.motion_loss`` takes the tokens to predict from ``valid`` of its own.
+
     Args:
         clips: floating ``[B,T,V,C]``, metres; finite; ``T`` a multiple of ``t_patch`` with at least two patches.
         mask_ratio: share of tokens to mask, in (0, 1), leaving at least one visible.
@@ -76,6 +86,8 @@ def motion_mask(
         uniform: floating ``[B,L]`` in [0, 1): draws to use instead of Philox's.
         seed, epoch, clip_ids: name the Philox draws (``jmm_fast.reference.uniform``); ``clip_ids`` int ``[B]`` is the
             clip's index in the dataset plus ``body << 32``, and None means ``0..B-1``.
+        valid: bool ``[B,L]``, True where a token was seen in all of its frames; None: all were. All True gives what
+            None gives, bit for bit.
         backend: see ``jmm_fast.backends()``. ``"cpu"`` takes float32, bfloat16 or float16 clips and draws.
 
     Returns:
@@ -110,7 +122,9 @@ def motion_mask(
     if clip_ids is not None:
         checks.integer("clip_ids", clip_ids, "[B]", 1)
         checks.require(clip_ids.shape[0] == clips.shape[0], "clip_ids", f"int [{clips.shape[0]}]", clip_ids)
-    checks.same_device(clips=clips, uniform=uniform, clip_ids=clip_ids)
+    if valid is not None:
+        checks.boolean("valid", valid, (clips.shape[0], tokens))
+    checks.same_device(clips=clips, uniform=uniform, clip_ids=clip_ids, valid=valid)
     refusal = next(
         (
             f"{name} must be float32, bfloat16 or float16, got {checks.describe(tensor)}"
@@ -122,7 +136,7 @@ def motion_mask(
     backend = choose("motion_mask", backend, clips, refusal)
     return MotionMask(
         *torch.ops.jmm_fast.motion_mask(
-            clips, mask_ratio, tau, t_patch, variant, gate, uniform, seed, epoch, clip_ids, backend
+            clips, mask_ratio, tau, t_patch, variant, gate, uniform, seed, epoch, clip_ids, backend, valid
         )
     )
 
@@ -140,6 +154,7 @@ def _run(
     epoch: int,
     clip_ids: Tensor | None,
     backend: str,
+    valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if backend == "cpu":
         visible, mask, restore, probability, _ = torch.ops.jmm_fast.motion_mask_cpu(
@@ -153,6 +168,7 @@ def _run(
             seed,
             epoch,
             None if clip_ids is None else clip_ids.long(),
+            valid,
         )
         return visible, mask, restore, probability
     return reference.motion_mask(
@@ -166,6 +182,7 @@ def _run(
         seed=seed,
         epoch=epoch,
         clip_ids=clip_ids,
+        valid=valid,
     )
 
 
@@ -182,6 +199,7 @@ def _fake(
     epoch: int,
     clip_ids: Tensor | None,
     backend: str,
+    valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bodies, frames, joints, _ = clips.shape
     tokens = frames // t_patch * joints

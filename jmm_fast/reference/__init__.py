@@ -2,7 +2,7 @@
 
 from jmm_fast.reference.clip_window import clip_window, rotation_matrix
 from jmm_fast.reference.motion_loss import motion_loss, motion_target
-from jmm_fast.reference.motion_mask import motion_mask, motion_scores, num_visible, patchify
+from jmm_fast.reference.motion_mask import known_scores, motion_mask, motion_scores, num_visible, patchify
 from jmm_fast.reference.philox import CROP, DROP, MASK, ORDER, ROTATION, philox4x32, uniform
 from jmm_fast.reference.token_grid import token_grid_gather, token_grid_scatter
 from jmm_fast.reference.topology_attention import topology_attention
@@ -14,6 +14,7 @@ __all__ = [
     "ORDER",
     "ROTATION",
     "clip_window",
+    "known_scores",
     "motion_loss",
     "motion_mask",
     "motion_scores",

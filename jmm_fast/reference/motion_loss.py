@@ -27,16 +27,24 @@ def masked_tokens(mask: Tensor, count: int) -> Tensor:
 
 
 def motion_loss(
-    prediction: Tensor, clips: Tensor, mask: Tensor, *, t_patch: int, stride: int, normalize: bool
+    prediction: Tensor,
+    clips: Tensor,
+    mask: Tensor,
+    *,
+    t_patch: int,
+    stride: int,
+    normalize: bool,
+    valid: Tensor | None = None,
 ) -> Tensor:
     """The plain twin of ``jmm_fast.ops.motion_loss``."""
     dtype = torch.promote_types(prediction.dtype, torch.float32)
     target = motion_target(
         clips.to(torch.promote_types(clips.dtype, torch.float32)), t_patch=t_patch, stride=stride, normalize=normalize
     )
+    counted = mask if valid is None else mask & valid
     if prediction.shape[1] != mask.shape[1]:
         token = masked_tokens(mask, prediction.shape[1])
         target = target.gather(1, token[..., None].expand(-1, -1, target.shape[-1]))
-        mask = mask.gather(1, token)
+        counted = counted.gather(1, token)
     error = (prediction.to(dtype) - target).square().mean(-1)
-    return (error * mask).sum() / mask.sum().clamp(min=1)
+    return (error * counted).sum() / counted.sum().clamp(min=1)

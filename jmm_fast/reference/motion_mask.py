@@ -34,6 +34,13 @@ def motion_scores(clips: Tensor, *, t_patch: int, variant: str, gate: float | No
     return torch.cat([score[:, :1], score], dim=1)
 
 
+def known_scores(valid: Tensor, joints: int) -> Tensor:
+    """Tokens whose score compares two tokens that were seen, bool ``[B,L]``, from ``valid`` bool ``[B,L]``."""
+    grid = valid.unflatten(1, (-1, joints))
+    known = grid[:, 1:] & grid[:, :-1]
+    return torch.cat([known[:, :1], known], dim=1).flatten(1)
+
+
 def motion_mask(
     clips: Tensor,
     *,
@@ -46,6 +53,7 @@ def motion_mask(
     seed: int = 0,
     epoch: int = 0,
     clip_ids: Tensor | None = None,
+    valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The plain twin of ``jmm_fast.ops.motion_mask``: ``(visible, mask, restore, probability)``."""
     # In float32 the order of a sum decides about one body in ten thousand, whose two keys at the threshold are nearly
@@ -53,6 +61,8 @@ def motion_mask(
     dtype = torch.promote_types(clips.dtype, torch.float32)
     scores = motion_scores(clips.double(), t_patch=t_patch, variant=variant, gate=gate).flatten(1)
     bodies, tokens = scores.shape
+    if valid is not None:
+        scores = torch.where(known_scores(valid, clips.shape[2]), scores, 0.0)
     logits = scores / (scores.amax(dim=1, keepdim=True) * tau + 1e-10)
     if uniform_draws is None:
         if clip_ids is None:
@@ -63,6 +73,10 @@ def motion_mask(
     keys = logits - torch.log(-torch.log(uniform_draws + 1e-10) + 1e-10)
     kept = num_visible(tokens, mask_ratio)
     order = torch.argsort(keys, dim=1, stable=True)
+    if valid is not None:
+        # Keys say nothing about tokens that were not seen: these follow, in the order of the grid.
+        seen_first = torch.argsort(torch.where(valid.gather(1, order), 0, order + 1), dim=1, stable=True)
+        order = order.gather(1, seen_first)
     visible = order[:, :kept].sort(dim=1).values
     mask = torch.ones(bodies, tokens, dtype=torch.bool, device=clips.device).scatter(1, visible, False)
     hidden_before = mask.cumsum(1) - mask.to(torch.int64)

@@ -57,6 +57,9 @@ class DataConfig:
     """Largest random rotation about each axis in training, in radians."""
     modality: Literal["joint", "bone", "motion", "bone_motion"] = "joint"
     """What the model sees of a pose."""
+    min_confidence: float = 0.0
+    """In data with confidences, joints count as seen in frames where theirs is above this. Tokens not seen in all of
+    their frames are kept from the encoder in pretraining, are not predicted, and do not enter pooled features."""
     empty_bodies: Literal["skip", "keep"] = "skip"
     """skip: only the bodies that are there; keep: always two a clip, absent ones all zero, as released code does."""
 
@@ -157,7 +160,8 @@ class FinetuneConfig:
     label_smoothing: float = 0.1
     """Part of each target that is spread over all classes."""
     labels: float = 1.0
-    """Part of the training labels that is used, drawn by class and fixed by the seed (semi-supervised: 0.01, 0.1)."""
+    """Part of the training labels that is used (semi-supervised: 0.01, 0.1): the subset that the store names for it,
+    else one drawn by class and fixed by the seed."""
     eval_every: int = 0
     """Epochs between evaluations on the test clips (0: only after the last epoch)."""
     seed: int = 0
@@ -322,6 +326,7 @@ def check_config(config: RunConfig) -> None:
         "two parts of a clip, 0 < smallest <= largest <= 1",
     )
     _expect(0 < data.eval_crop <= 1, "data.eval_crop", data.eval_crop, "above 0 and at most 1")
+    _expect(0 <= data.min_confidence < 1, "data.min_confidence", data.min_confidence, "at least 0 and below 1")
     _expect(data.rotation >= 0, "data.rotation", data.rotation, "0 or more radians")
     _expect(1 <= loss.stride < model.num_frames, "loss.stride", loss.stride, f"1..{model.num_frames - 1} frames")
     _expect(0 < fine.labels <= 1, "finetune.labels", fine.labels, "above 0 and at most 1")

@@ -150,6 +150,7 @@ def batches(
         min_length=data.min_length,
         rotation=data.rotation,
         modality=data.modality,
+        min_confidence=data.min_confidence,
         empty_bodies=data.empty_bodies,
         device=device,
         backend=config.backend,
@@ -163,7 +164,7 @@ def pooled_features(
     """Features and labels of every clip, in the order of the batches.
 
     Returns:
-        float32 ``[N,d]``, the mean over joints, time and bodies, and int64 ``[N]``; both on the CPU.
+        float32 ``[N,d]``, the mean over the tokens that were seen and over bodies, and int64 ``[N]``; both on the CPU.
     """
     encoder.to(device).eval()
     features, labels = [], []
@@ -171,7 +172,8 @@ def pooled_features(
         for batch in clips.epoch(epoch):
             with autocast(device, dtype):
                 tokens = encoder(batch.clips)
-            features.append(pool(tokens.float(), batch.clip_of_body, len(batch.index)).cpu())
+            valid = batch.valid(encoder.config.t_patch)
+            features.append(pool(tokens.float(), batch.clip_of_body, len(batch.index), valid).cpu())
             labels.append(batch.labels.cpu())
             progress.advance(len(batch.index))
     return torch.cat(features), torch.cat(labels)

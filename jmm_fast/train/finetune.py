@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 from torch.nn import functional
 
-from jmm_fast.data import stratified_fraction
 from jmm_fast.errors import UserError
 from jmm_fast.models import FinetuneClassifier, parameter_layers
 from jmm_fast.progress import Progress
@@ -34,7 +33,8 @@ def finetune(
     """Train encoder and head with labels and score them on the test clips.
 
     AdamW with layer decay, drop path, head dropout and label smoothing; settings: ``source.config.finetune``. With
-    ``labels`` below 1 only that part of the training labels is used, drawn by class and fixed by the seed. The score is
+    ``labels`` below 1 only that part of the training labels is used (:meth:`jmm_fast.data.ClipStore.labelled`): the
+    subset that the store names for this split and part, else one drawn by class and fixed by the seed. The score is
     that of the **last** epoch; with ``eval_every`` the best one seen is noted beside it, as what it is: chosen on the
     test clips. ``scratch`` starts the same network from random weights and drops the layer decay, whose purpose is to
     keep pretrained layers.
@@ -58,7 +58,7 @@ def finetune(
     settings = config.finetune
     check_joints(config, store)
     device = environment.device(config.device)
-    train = stratified_fraction(store.labels, split.train, settings.labels, settings.seed)
+    train = store.labelled(split, settings.labels, settings.seed)
     if len(train) < 2:
         raise UserError(f"{data}: split {split.name!r} has {len(train)} training clips, finetuning needs at least 2")
     part = "" if settings.labels == 1 else f"-labels{settings.labels:g}"
@@ -126,6 +126,7 @@ def finetune(
         name=f"finetune-{encoder}{part}",
         protocol="finetune",
         encoder=encoder,
+        modality=config.data.modality,
         labels=settings.labels,
         epochs=settings.epochs,
         **({"best_top1": round(best, 3), "best_epoch": best_epoch} if settings.eval_every else {}),

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from jmm_fast import ops
 from jmm_fast.data import ClipStore
+from jmm_fast.data.batches import to_modality
 from jmm_fast.skeleton import Skeleton
 from jmm_fast.train import environment
 from jmm_fast.train.evaluate import (
@@ -37,7 +38,8 @@ def knn(
 
     Features: cosine similarity of the encoder's pooled features, of centre crops or, for the training clips, of
     ``knn.augment_views`` random crops each. ``raw``: Euclidean distance of whole clips resampled to ``knn.frames``
-    frames, relative to the hips and turned so that these face one way; no network is involved. Deterministic.
+    frames, relative to the hips and turned so that these face one way, as ``data.modality`` shows them; no network is
+    involved. Deterministic.
 
     Args:
         source: from :func:`jmm_fast.train.evaluate.open_source`; settings: ``source.config.knn``.
@@ -51,7 +53,10 @@ def knn(
     store, split, config = open_data(data, source.config, need_test=True)
     settings = config.knn
     if raw:
-        train, test = (raw_poses(store, ids, settings.frames, settings.root) for ids in (split.train, split.test))
+        train, test = (
+            raw_poses(store, ids, settings.frames, settings.root, config.data.modality)
+            for ids in (split.train, split.test)
+        )
         similarity = lambda rows: -torch.cdist(rows, train)  # noqa: E731
     else:
         check_joints(config, store)
@@ -91,6 +96,7 @@ def knn(
         name=f"knn-{'raw' if raw else encoder}",
         protocol="knn",
         encoder="raw" if raw else encoder,
+        modality=config.data.modality,
         k=settings.k,
         **(
             {"frames": settings.frames, "root": settings.root}
@@ -131,7 +137,7 @@ def neighbour_ranking(similarity: Tensor, labels: Tensor, k: int, num_classes: i
     return best.topk(min(5, num_classes), dim=1).indices
 
 
-def raw_poses(store: ClipStore, ids: Tensor, frames: int, root: str = "first") -> Tensor:
+def raw_poses(store: ClipStore, ids: Tensor, frames: int, root: str = "first", modality: str = "joint") -> Tensor:
     """Whole clips as plain vectors.
 
     Each body is resampled to ``frames`` frames. The joint that the first body's hips hang from, where it is in the
@@ -142,6 +148,7 @@ def raw_poses(store: ClipStore, ids: Tensor, frames: int, root: str = "first") -
         ids: int64, clips.
         frames: of each body.
         root: ``first`` or ``frame``: whose position becomes the origin.
+        modality: what is compared, see :class:`jmm_fast.data.BodyBatches`.
 
     Returns:
         float32 ``[len(ids), bodies * frames * V * 3]``; absent bodies are zero.
@@ -163,7 +170,8 @@ def raw_poses(store: ClipStore, ids: Tensor, frames: int, root: str = "first") -
     angle = torch.atan2(across[:, 2], across[:, 0])
     cos, sin = (function(angle)[:, None, None, None] for function in (torch.cos, torch.sin))
     x, y, z = bodies.unbind(-1)
-    return torch.stack([cos * x + sin * z, y, cos * z - sin * x], -1).flatten(1)
+    turned = torch.stack([cos * x + sin * z, y, cos * z - sin * x], -1)
+    return to_modality(turned, modality, torch.as_tensor(store.skeleton.bone_parents())).flatten(1)
 
 
 def hips(skeleton: Skeleton) -> tuple[int, int]:

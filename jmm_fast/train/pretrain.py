@@ -95,6 +95,7 @@ def pretrain(
             seed=config.seed,
             epoch=epoch,
             clip_ids=batch.clip_ids,
+            valid=batch.valid(config.model.t_patch),
             backend=config.backend,
         )
         return ops.motion_loss(
@@ -104,6 +105,7 @@ def pretrain(
             t_patch=config.model.t_patch,
             stride=config.loss.stride,
             normalize=config.loss.normalize,
+            valid=batch.predictable(config.model.t_patch, config.loss.stride),
             backend=config.backend,
         )
 

@@ -87,6 +87,7 @@ def probe(
         name=f"linear-{encoder}",
         protocol="linear",
         encoder=encoder,
+        modality=config.data.modality,
         epochs=settings.epochs,
         features=settings.features,
         augment_views=settings.augment_views if settings.features == "cached" else None,
@@ -102,7 +103,8 @@ def _online(model: LinearProbe, views, device: torch.device, dtype: str) -> Call
     def epoch(number: int) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in views.epoch(number):
             with autocast(device, dtype):
-                features = model.features(batch.clips, batch.clip_of_body, len(batch.index))
+                valid = batch.valid(model.encoder.config.t_patch)
+                features = model.features(batch.clips, batch.clip_of_body, len(batch.index), valid)
             yield features.float(), batch.labels
 
     return epoch

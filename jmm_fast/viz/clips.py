@@ -83,7 +83,14 @@ def masked_clip_of_run(run: str | Path, store: ClipStore, clip: int, *, epoch: i
 
     def whole(modality: str):
         batches = BodyBatches(
-            store, torch.tensor([clip]), batch_size=1, window=window, train=False, eval_crop=1.0, modality=modality
+            store,
+            torch.tensor([clip]),
+            batch_size=1,
+            window=window,
+            train=False,
+            eval_crop=1.0,
+            modality=modality,
+            min_confidence=_field(config, path, "data.min_confidence", 0.0),
         )
         return batches.batch(torch.tensor([clip]), epoch)
 
@@ -92,6 +99,7 @@ def masked_clip_of_run(run: str | Path, store: ClipStore, clip: int, *, epoch: i
     present = joint.clips.flatten(1).any(1)
     if not present.any():
         raise UserError(f"{store.path}: clip {clip} holds no body")
+    valid = seen.valid(t_patch)
     drawn = ops.motion_mask(
         seen.clips[present],
         mask_ratio=_field(config, path, "mask.mask_ratio"),
@@ -102,6 +110,7 @@ def masked_clip_of_run(run: str | Path, store: ClipStore, clip: int, *, epoch: i
         seed=_field(config, path, "seed"),
         epoch=epoch,
         clip_ids=seen.clip_ids[present],
+        valid=None if valid is None else valid[present],
         backend="reference",  # the one backend that always gives the probabilities
     )
     return MaskedClip(

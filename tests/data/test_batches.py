@@ -199,9 +199,97 @@ def test_every_batch_is_one_call_of_the_op(store, monkeypatch):
     assert calls == [{"window": 8, "backend": "reference"}] * 4
 
 
+@pytest.fixture
+def gappy(make_contents):
+    """Clips of 2 to 60 frames; five frames at a time, joints are missing (zero), doubtful (0.4) or seen."""
+    rng = np.random.default_rng(2)
+    sizes = rng.integers(2, 60, 12).tolist()
+    contents = make_contents(sizes=sizes, bodies=[1 + (i % 3 == 0) for i in range(12)])
+    seen = rng.random((len(contents.frames) // 5 + 1, 25)).repeat(5, axis=0)[: len(contents.frames)]
+    contents.confidence = np.where(seen < 0.15, 0, np.where(seen < 0.5, 0.4, 1)).astype(np.float16)
+    contents.frames[contents.confidence == 0] = 0
+    return ClipStore.from_contents(contents)
+
+
+@pytest.mark.parametrize("window", [7, 16, 60])
+@pytest.mark.parametrize("modality", ["joint", "bone", "motion", "bone_motion"])
+def test_seen_is_where_no_missing_number_enters(gappy, modality, window):
+    """The oracle: other numbers in place of what is missing show wherever it has an influence."""
+    options = {"batch_size": 12, "window": window, "train": True, "modality": modality}
+    frames = gappy.frames
+    for threshold in (0.0, 0.4, 0.9):
+        (batch,) = BodyBatches(gappy, torch.arange(12), min_confidence=threshold, **options).epoch(3)
+        missing = ~(gappy.confidence > threshold)[..., None]
+        gappy.frames = torch.where(missing, 1e3 * torch.randn_like(frames), frames)
+        (other,) = BodyBatches(gappy, torch.arange(12), **options).epoch(3)
+        gappy.frames = frames
+        same = (batch.clips == other.clips).all(-1)
+        # The root's bone, the last motion and that of a row with itself are 0 whatever was seen.
+        zero = same & ~batch.clips.any(-1) & (modality != "joint")
+        assert torch.equal(batch.seen | zero, same)
+        assert 0.05 < (same & ~zero).float().mean() < 0.95
+
+
+def test_a_frame_is_seen_when_both_rows_that_it_mixes_are(make_contents):
+    contents = make_contents(sizes=[4])
+    contents.confidence = np.ones((4, 25), np.float16)
+    contents.confidence[1, 4] = 0
+    store = ClipStore.from_contents(contents)
+    options = {"batch_size": 1, "train": False, "eval_crop": 1.0}
+
+    def seen(window, **more):
+        return next(BodyBatches(store, torch.tensor([0]), window=window, **options, **more).epoch(0)).seen[0].tolist()
+
+    columns = lambda rows: [row[4] for row in rows]  # noqa: E731
+    assert columns(seen(4)) == [True, False, True, True]
+    # Places -0.25 (clamped to 0), 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3.25 (row 3 alone).
+    assert columns(seen(8)) == [True, False, False, False, False, True, True, True]
+    assert all(all(value for joint, value in enumerate(row) if joint != 4) for row in seen(8))
+    moved = seen(4, modality="motion")
+    assert columns(moved) == [False, False, True, True]
+    child = store.skeleton.bone_parents().tolist().index(4)
+    assert [row[child] for row in seen(4, modality="bone")] == [True, False, True, True]
+
+
+def test_tokens_seen_and_predictable(gappy):
+    (batch,) = BodyBatches(gappy, torch.arange(12), batch_size=12, window=16, train=False).epoch(0)
+    valid, known = batch.valid(4), {stride: batch.predictable(4, stride) for stride in (1, 3)}
+    assert valid.shape == known[1].shape == (16, 100) and 0.2 < known[3].float().mean() < valid.float().mean() < 1
+    for body in range(16):
+        for token in range(100):
+            step, joint = divmod(token, 25)
+            seen = batch.seen[body, :, joint].tolist()
+            frames = range(4 * step, 4 * step + 4)
+            assert valid[body, token] == all(seen[t] for t in frames)
+            for stride, tokens in known.items():
+                assert tokens[body, token] == all(seen[t] and (t + stride >= 16 or seen[t + stride]) for t in frames)
+
+
+def test_confidence_changes_no_clip_and_may_say_that_all_is_there(gappy, make_contents, store):
+    told = list(BodyBatches(gappy, torch.arange(12), batch_size=5, window=16, train=True).epoch(1))
+    confidence, gappy.confidence = gappy.confidence, None
+    untold = list(BodyBatches(gappy, torch.arange(12), batch_size=5, window=16, train=True).epoch(1))
+    assert all(torch.equal(a.clips, b.clips) for a, b in zip(told, untold, strict=True))
+    assert all(batch.seen is batch.valid(4) is batch.predictable(4, 1) is None for batch in untold)
+    gappy.confidence = torch.full_like(confidence, 0.5)
+    (batch,) = BodyBatches(gappy, torch.arange(12), batch_size=12, train=True).epoch(1)
+    assert batch.seen is None
+
+
+def test_sent_frames_are_seen_alike_and_absent_bodies_are_not_missing(gappy):
+    options = {"batch_size": 5, "window": 16, "train": True, "empty_bodies": "keep", "modality": "bone_motion"}
+    here, sent = (BodyBatches(gappy, torch.arange(12), **options) for _ in range(2))
+    sent._frames = None
+    for one, other in zip(here.epoch(0), sent.epoch(0), strict=True):
+        assert torch.equal(one.seen, other.seen)
+        present = one.clips.flatten(1).any(1)
+        assert one.seen[~present].all() and not one.seen[present].flatten(1).all(1).any()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"min_confidence": 1.0}, "min_confidence must be at least 0 and below 1, got 1.0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"window": 0}, "window and min_length must be at least 1"),
         ({"crop": (0.8, 0.5)}, r"crop must be two shares, 0 < low <= high <= 1, got \(0.8, 0.5\)"),

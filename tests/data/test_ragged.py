@@ -45,6 +45,42 @@ def test_where_label_and_split(ragged_file, ragged_arrays):
     assert joined.column_values["original_label"] == ["a", "b", "c"]
 
 
+def test_label_subsets(ragged_file, tmp_path):
+    arrays = {
+        "frames": np.random.default_rng(0).normal(size=(80, 5, 3)).astype(np.float32),
+        "offsets": np.arange(0, 81, 2),
+        "labels": np.arange(40) % 3,
+        "subject": np.arange(40) % 2,
+        "correct": None,
+        "weather": None,
+        "source": np.array([f"n{clip}" for clip in range(40)]),
+    }
+    options = {"split": ("even=subject in ann", "odd=subject in bob"), "label_fractions": (0.01, 0.5)}
+    store = prepare("ragged", ragged_file(**arrays), tmp_path / "a", RaggedOptions(**options))
+    assert {split: list(parts) for split, parts in store.label_subsets.items()} == {
+        "even": ["0.01", "0.5"],
+        "odd": ["0.01", "0.5"],
+    }
+    for name in ("even", "odd"):
+        split = store.split(name)
+        counts = store.labels[split.train].bincount().tolist()
+        for fraction in (0.01, 0.5):
+            held = store.label_subsets[name][f"{fraction:g}"]
+            chosen = store.labelled(split, fraction, seed=99)
+            assert [store.names[clip] for clip in chosen.tolist()] == held
+            assert len(held) == sum(max(1, round(fraction * count)) for count in counts)
+            assert set(chosen.tolist()) <= set(split.train.tolist())
+            assert set(store.labels[chosen].tolist()) == {0, 1, 2}
+    other = prepare("ragged", ragged_file(**arrays), tmp_path / "b", RaggedOptions(**options, label_seed=1))
+    assert other.label_subsets != store.label_subsets
+    assert prepare("ragged", ragged_file(**arrays), tmp_path / "c", RaggedOptions()).label_subsets == {}
+    with pytest.raises(UserError, match="fraction must be above 0 and at most 1, got 2"):
+        prepare(
+            "ragged", ragged_file(**arrays), tmp_path / "d", RaggedOptions(split=options["split"], label_fractions=(2,))
+        )
+    assert not (tmp_path / "d").exists()
+
+
 def test_bodies_by_offsets(ragged_file, ragged_arrays):
     contents = read(ragged_file(body_offsets=np.array([0, 3, 6, 10, 15, 17, 20])), center=False)
     assert np.diff(contents.offsets).tolist() == [6, 4, 10, 3]

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from jmm_fast import skeleton
-from jmm_fast.data import ClipStore, write_store
+from jmm_fast.data import ClipStore, stratified_fraction, write_store
 from jmm_fast.errors import UserError
 from jmm_fast.skeleton import Skeleton
 
@@ -83,9 +83,32 @@ def test_in_memory_store_equals_the_file(tmp_path, make_contents):
     torch.testing.assert_close(here.clip(0), there.clip(0), rtol=0, atol=0)
 
 
+def test_labelled_clips(make_contents):
+    names = [f"n{clip}" for clip in range(40)]
+    splits = {"x": {"train": np.arange(0, 30), "test": np.arange(30, 40)}}
+    subsets = {"x": {"0.1": ["n7", "n2", "n35"], "0.5": ["n38"]}}
+    contents = make_contents(sizes=[2] * 40, names=names, splits=splits, label_subsets=subsets)
+    store = ClipStore.from_contents(contents)
+    split = store.split("x")
+    # In the order of the store, and only clips that train.
+    assert [store.labelled(split, 0.1, seed).tolist() for seed in (0, 1)] == [[2, 7]] * 2
+    drawn = store.labelled(split, 0.2, 3)
+    assert torch.equal(drawn, stratified_fraction(store.labels, split.train, 0.2, 3)) and len(drawn) == 6
+    assert not torch.equal(drawn, store.labelled(split, 0.2, 4))
+    assert torch.equal(store.labelled(split, 1.0, 0), split.train)
+    # The subset of a split says nothing about another one.
+    other = store.split("subject in 0,1")
+    assert torch.equal(store.labelled(other, 0.1, 3), stratified_fraction(store.labels, other.train, 0.1, 3))
+    with pytest.raises(UserError, match=r"label subset 0\.5 of split 'x' names no training clip"):
+        store.labelled(split, 0.5, 0)
+    with pytest.raises(UserError, match="fraction must be above 0"):
+        store.labelled(split, 0.0, 0)
+
+
 @pytest.mark.parametrize(
     "change",
     [
+        lambda c: c.label_subsets.update(x={"0.1": ["clip 0"]}),
         lambda c: c.frames.__setitem__((3, 4, 1), 9.0),
         lambda c: c.labels.__setitem__(0, 1),
         lambda c: c.columns["subject"].__setitem__(0, 2),

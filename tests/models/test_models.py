@@ -112,6 +112,19 @@ def test_pool_averages_tokens_and_bodies():
     torch.testing.assert_close(pooled[1], tokens[1].mean(0))
 
 
+def test_pool_of_some_tokens():
+    tokens = torch.randn(3, 5, 4)
+    owner = torch.tensor([0, 1, 0])
+    everything = torch.ones(3, 5, dtype=torch.bool)
+    torch.testing.assert_close(pool(tokens, owner, 2, everything), pool(tokens, owner, 2))
+    valid = everything.clone()
+    valid[0, 1:] = False
+    valid[1] = False
+    pooled = pool(tokens, owner, 2, valid)
+    torch.testing.assert_close(pooled[0], (tokens[0, 0] + tokens[2].mean(0)) / 2)
+    torch.testing.assert_close(pooled[1], tokens[1].mean(0))
+
+
 def test_linear_probe_trains_its_head_alone():
     probe = LinearProbe(Encoder(tiny(), drop_path=0.5), 4).train()
     clips = clips_of(probe.encoder.config)

@@ -80,6 +80,26 @@ def test_predictions_of_masked_tokens_alone_need_as_many_in_every_body():
             ops.motion_loss(prediction[:, :count], clips, mask)
 
 
+@pytest.mark.parametrize("masked", [0, 6, 10])
+def test_tokens_of_unknown_motion_do_not_count(masked):
+    prediction, clips, mask = masked_only(masked=masked, dtype=torch.float64)
+    valid = torch.rand(mask.shape) < 0.5
+    whole = prediction.clone().requires_grad_()
+    loss = ops.motion_loss(whole, clips, mask, valid=valid)
+    loss.backward()
+    torch.testing.assert_close(loss, ops.motion_loss(whole, clips, mask & valid))
+    assert not whole.grad[~(mask & valid)].any()
+    alone = prediction[mask].reshape(3, masked, 12).requires_grad_()
+    ours = ops.motion_loss(alone, clips, mask, valid=valid)
+    ours.backward()
+    torch.testing.assert_close(ours, loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(alone.grad, whole.grad[mask].reshape(3, masked, 12), rtol=1e-12, atol=0)
+    for inputs in (whole, alone):
+        assert ops.motion_loss(inputs, clips, mask, valid=torch.zeros_like(mask)) == 0
+        everything = ops.motion_loss(inputs, clips, mask, valid=torch.ones_like(mask))
+        assert torch.equal(everything, ops.motion_loss(inputs, clips, mask))
+
+
 def test_empty_bodies_are_finite_and_half_precision_is_summed_in_float32():
     prediction, clips, mask = loss_inputs(bodies=3)
     clips[1] = 0
@@ -105,6 +125,7 @@ def test_gradients():
         ({"prediction": torch.zeros(2, 10, 11)}, r"prediction must be floating \[2, 10, 12\], or of the masked"),
         ({"prediction": torch.zeros(2, 11, 12)}, r"prediction must be floating \[2, 10, 12\], or of the masked"),
         ({"mask": torch.zeros(2, 10)}, r"mask must be bool \[2, 10\], got float32 \[2, 10\]"),
+        ({"valid": torch.zeros(2, 10)}, r"valid must be bool \[2, 10\], got float32 \[2, 10\]"),
         ({"stride": 8}, r"stride must be in \[1, 8\), got 8"),
         ({"stride": 0}, "stride must be in"),
     ],
@@ -118,11 +139,10 @@ def test_bad_arguments(change, message):
 def test_opcheck_compile_and_export():
     prediction, clips, mask = loss_inputs()
     prediction.requires_grad_()
-    torch.library.opcheck(
-        torch.ops.jmm_fast.motion_loss.default,
-        (prediction, clips, mask),
-        {"t_patch": 4, "stride": 1, "normalize": True},
-    )
+    valid = torch.rand(mask.shape) < 0.5
+    options = {"t_patch": 4, "stride": 1, "normalize": True}
+    for given in (options, {**options, "valid": valid}):
+        torch.library.opcheck(torch.ops.jmm_fast.motion_loss.default, (prediction, clips, mask), given)
 
     class Loss(torch.nn.Module):
         def forward(self, prediction, clips, mask):

@@ -119,6 +119,29 @@ def test_nothing_masked_and_everything_masked(isa):
     check(prediction, clips, torch.ones_like(mask))
 
 
+@pytest.mark.parametrize("masked", [None, 1, 44, 50])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_tokens_of_unknown_motion(isa, masked, dtype):
+    prediction, clips, mask = problem(masked=masked, dtype=dtype)
+    plain = check(prediction, clips, mask)
+    for share in (0.0, 0.02, 0.5, 0.97, 1.0):
+        valid = torch.rand(mask.shape) < share
+        _, gradient = check(prediction, clips, mask, factor=3.0, valid=valid)
+        counted = valid[mask].view(3, -1) if masked is not None else mask & valid
+        assert not gradient[~counted].any() and gradient[counted].any() == counted.any()
+        check(prediction, clips, mask, valid=valid.t().contiguous().t())
+        check(prediction, clips, mask, valid=valid.repeat_interleave(2, dim=1)[:, ::2])
+    everything = check(prediction, clips, mask, valid=torch.ones_like(mask))
+    assert all(torch.equal(a, b) for a, b in zip(everything, plain, strict=True))
+
+
+@pytest.mark.parametrize("frames, joints, channels, patch", [(120, 25, 3, 4), (40, 7, 2, 5), (12, 31, 3, 2)])
+def test_tokens_of_unknown_motion_over_shapes(isa, frames, joints, channels, patch):
+    for masked in (None, joints + 3):
+        prediction, clips, mask = problem(2, frames, joints, channels, patch=patch, masked=masked)
+        check(prediction, clips, mask, t_patch=patch, valid=torch.rand(mask.shape) < 0.6)
+
+
 def test_strided_inputs(isa):
     for dtype in (torch.float32, torch.bfloat16):
         prediction, clips, mask = problem(dtype=dtype)
@@ -222,6 +245,9 @@ def test_the_operator_refuses_what_would_read_other_memory():
     ):
         with pytest.raises(RuntimeError, match=message):
             forward(*arguments, 4, 1, True, True)
+    for valid in (mask[:, :49], mask[:2], mask.to(torch.uint8)):
+        with pytest.raises(RuntimeError, match="valid must be a bool CPU tensor"):
+            forward(prediction, clips, mask, 4, 1, True, True, valid)
     for stride in (0, 8):
         with pytest.raises(RuntimeError, match="stride must be in"):
             forward(prediction, clips, mask, 4, stride, True, True)
@@ -246,9 +272,11 @@ def test_the_graph_can_be_kept_but_not_differentiated_twice():
 def test_opcheck_compile_and_export(masked):
     prediction, clips, mask = problem(masked=masked)
     for differentiate in (False, True):
-        torch.library.opcheck(
-            torch.ops.jmm_fast.motion_loss_forward.default, (prediction, clips, mask, 4, 1, True, differentiate)
-        )
+        for valid in (None, torch.rand(mask.shape) < 0.5):
+            torch.library.opcheck(
+                torch.ops.jmm_fast.motion_loss_forward.default,
+                (prediction, clips, mask, 4, 1, True, differentiate, valid),
+            )
     prediction.requires_grad_()
 
     class Loss(torch.nn.Module):

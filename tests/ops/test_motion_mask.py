@@ -122,6 +122,74 @@ def test_strided_clips_and_empty_bodies():
     assert torch.isfinite(ops.motion_mask(clips).probability).all()
 
 
+def by_hand_with_missing(clip, valid, uniform, kept, variant):
+    """Visible tokens of one body, from the formulas: a score is known where its token and the one before were seen."""
+    joints = clip.shape[1]
+    scores = by_hand(clip, variant, 0.5).ravel()
+    for token in range(len(scores)):
+        later = max(token, token % joints + joints)
+        if not (valid[later] and valid[later - joints]):
+            scores[token] = 0
+    z = scores / (scores.max() * 0.8 + 1e-10)
+    keys = z - np.log(-np.log(uniform.astype(np.float64) + 1e-10) + 1e-10)
+    order = sorted(range(len(scores)), key=lambda token: (not valid[token], keys[token] if valid[token] else 0, token))
+    return sorted(order[:kept])
+
+
+@pytest.mark.parametrize("variant", ["released", "paper", "mamp"])
+@pytest.mark.parametrize("share", [0.9, 0.3, 0.05])
+def test_tokens_that_were_not_seen_come_last(variant, share):
+    clips, valid, draws = bodies(4), torch.rand(4, 150) < share, torch.rand(4, 150)
+    hidden = ~valid.view(4, 6, 25).repeat_interleave(4, 1)
+    clips[hidden] = 0
+    drawn = ops.motion_mask(clips, variant=variant, uniform=draws, valid=valid)
+    for body in range(4):
+        expected = by_hand_with_missing(clips[body].numpy(), valid[body].tolist(), draws[body].numpy(), 14, variant)
+        assert drawn.visible[body].tolist() == expected
+    for body in range(4):
+        masked = torch.nonzero(drawn.mask[body])[:, 0]
+        assert torch.equal(torch.cat([drawn.visible[body], masked])[drawn.restore[body]], torch.arange(150))
+    torch.testing.assert_close(drawn.probability.sum(1), torch.ones(4))
+
+
+def test_too_few_seen_tokens_are_filled_up_in_the_order_of_the_grid():
+    valid = torch.zeros(2, 150, dtype=torch.bool)
+    valid[1, [3, 80, 149]] = True
+    drawn = ops.motion_mask(bodies(2), valid=valid)
+    assert drawn.visible.tolist() == [list(range(14)), [*range(12), 80, 149]]
+
+
+def test_a_missing_joint_does_not_tilt_the_others():
+    """A joint that appears from the origin moves by metres; the odds of the other joints must not see it."""
+    clips = bodies(1) + 3
+    missing = clips.clone()
+    missing[:, 8:12, 7] = 0
+    valid = torch.ones(1, 6, 25, dtype=torch.bool)
+    valid[:, 2, 7] = False
+    plain, covered, bare = (
+        ops.motion_mask(*arguments, variant="mamp", **options).probability[0].view(6, 25)
+        for arguments, options in (((clips,), {}), ((missing,), {"valid": valid.flatten(1)}), ((missing,), {}))
+    )
+    others = torch.arange(25) != 7
+    odds = lambda p: p[:, others] / p[0, 0]  # noqa: E731
+    scores = reference.motion_scores(clips, t_patch=4, variant="mamp")[0]
+    assert scores.argmax() % 25 != 7
+    torch.testing.assert_close(odds(covered), odds(plain))
+    assert (odds(bare) - odds(plain)).abs().max() > 0.3
+
+
+def test_what_was_not_seen_may_hold_anything():
+    clips, valid = bodies(2), torch.rand(2, 150) < 0.7
+    hidden = ~valid.view(2, 6, 25).repeat_interleave(4, 1)
+    expected = ops.motion_mask(clips, valid=valid, seed=3)
+    for value in (0.0, 1e30, float("inf"), float("nan")):
+        clips[hidden] = value
+        for backend in ("auto", "reference"):
+            drawn = ops.motion_mask(clips, valid=valid, seed=3, backend=backend)
+            assert torch.equal(drawn.visible, expected.visible) and torch.equal(drawn.restore, expected.restore)
+            assert drawn.probability.isfinite().all()
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -136,6 +204,8 @@ def test_strided_clips_and_empty_bodies():
         ({"variant": "paper", "gate": 1.5}, r"gate must be in \[0, 1\]"),
         ({"uniform": torch.zeros(2, 10)}, r"uniform must be \[2, 150\]"),
         ({"clip_ids": torch.zeros(2)}, r"clip_ids must be int \[B\], got float32 \[2\]"),
+        ({"valid": torch.ones(2, 150)}, r"valid must be bool \[2, 150\], got float32 \[2, 150\]"),
+        ({"valid": torch.ones(2, 6, 25, dtype=torch.bool)}, r"valid must be bool \[2, 150\], got bool \[2, 6, 25\]"),
         ({"backend": "fast"}, 'backend must be "auto", "reference"'),
         ({"backend": "triton"}, 'motion_mask: backend "triton" cannot run: this version has no Triton kernel'),
     ],
@@ -148,14 +218,17 @@ def test_bad_arguments(change, message):
 def test_opcheck_compile_and_export():
     clips = bodies(2)
     ids = torch.arange(2)
+    valid = torch.rand(2, 150) < 0.6
     arguments = (clips, 0.9, 0.8, 4, "paper", 0.5, None, 1, 2, ids, "reference")
-    torch.library.opcheck(torch.ops.jmm_fast.motion_mask.default, arguments)
-    eager = ops.motion_mask(clips, seed=1, clip_ids=ids)
+    for given in (arguments, (*arguments, valid)):
+        torch.library.opcheck(torch.ops.jmm_fast.motion_mask.default, given)
 
     class Draw(torch.nn.Module):
-        def forward(self, clips, ids):
-            return tuple(ops.motion_mask(clips, seed=1, clip_ids=ids))
+        def forward(self, clips, ids, valid=None):
+            return tuple(ops.motion_mask(clips, seed=1, clip_ids=ids, valid=valid))
 
-    for run in (torch.compile(Draw(), fullgraph=True), torch.export.export(Draw(), (clips, ids)).module()):
-        for a, b in zip(run(clips, ids), eager, strict=True):
-            assert torch.equal(a, b)
+    for given in ((clips, ids), (clips, ids, valid)):
+        eager = Draw()(*given)
+        for run in (torch.compile(Draw(), fullgraph=True), torch.export.export(Draw(), given).module()):
+            for a, b in zip(run(*given), eager, strict=True):
+                assert torch.equal(a, b)

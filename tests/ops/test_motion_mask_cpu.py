@@ -57,8 +57,10 @@ def guarded(x):
     return values[-x.numel() :].view(x.shape).copy_(x)
 
 
-def single_probability(clips, variant, tau, t_patch, gate=None):
+def single_probability(clips, variant, tau, t_patch, gate=None, valid=None):
     scores = reference.motion_scores(clips.float(), t_patch=t_patch, variant=variant, gate=gate).flatten(1)
+    if valid is not None:
+        scores = scores * reference.known_scores(valid, clips.shape[2])
     return torch.softmax(scores / (scores.amax(1, keepdim=True) * tau + 1e-10), 1)
 
 
@@ -70,9 +72,8 @@ def check(clips, **options):
         a, b = getattr(ours, name), getattr(expected, name)
         assert a.dtype == b.dtype and torch.equal(a, b), name
     exact = ops.motion_mask(clips.double(), **options, backend="reference").probability
-    formula = {"variant": "released", "tau": 0.8, "t_patch": 4, "gate": None} | {
-        key: value for key, value in options.items() if key in ("variant", "tau", "t_patch", "gate")
-    }
+    formula = {"variant": "released", "tau": 0.8, "t_patch": 4, "gate": None, "valid": None}
+    formula |= {key: value for key, value in options.items() if key in formula}
     if clips.numel():
         error = (ours.probability - exact).abs().max()
         rounding = (single_probability(clips, **formula) - exact).abs().max() + EPS * exact.max()
@@ -266,6 +267,81 @@ def test_double_precision_is_left_to_the_reference():
     assert torch.equal(ops.motion_mask(clips).mask, ops.motion_mask(clips, backend="reference").mask)
 
 
+def missing(clips, share, t_patch=4):
+    """The clips with a part of the tokens at the origin, as missing joints are, and which tokens are left."""
+    count, frames, joints, _ = clips.shape
+    valid = torch.rand(count, frames // t_patch, joints) < share
+    return clips * valid.repeat_interleave(t_patch, 1)[..., None], valid.flatten(1)
+
+
+@pytest.mark.parametrize("variant, gate", [("released", None), ("paper", None), ("paper", 0.2), ("mamp", None)])
+@pytest.mark.parametrize("share", [0.99, 0.8, 0.3, 0.12])
+def test_tokens_that_were_not_seen(isa, variant, gate, share):
+    clips, valid = missing(bodies(16) + 3, share)
+    drawn = check(clips, variant=variant, gate=gate, valid=valid, seed=4, clip_ids=torch.arange(16) + 70)
+    shown = valid.gather(1, drawn.visible)
+    assert torch.equal(shown.sum(1), valid.sum(1).clamp(max=74)), "what was not seen is shown without need"
+    for tau in (0.1, 0.003):
+        check(clips, variant=variant, gate=gate, tau=tau, valid=valid, mask_ratio=0.95)
+
+
+@pytest.mark.parametrize("seen", [0, 1, 73, 74, 75, 76, 749, 750])
+def test_as_many_seen_tokens_as_are_kept(isa, seen):
+    valid = torch.rand(4, 750).argsort(1) < seen
+    for clips in (bodies(4), torch.zeros(4, 120, 25, 3)):
+        check(clips, valid=valid)
+        # Bodies that are done in double precision as a whole.
+        check(clips, valid=valid, tau=0.001)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_all_seen_is_as_if_nothing_was_said(isa, variant):
+    clips = bodies(9)
+    clips[0] = 0
+    clips[1, :, 3:] = 0
+    for tau in (0.8, 0.003):
+        plain, told = (
+            ops.motion_mask(clips, variant=variant, tau=tau, valid=valid, backend="cpu")
+            for valid in (None, torch.ones(9, 750, dtype=torch.bool))
+        )
+        assert all(torch.equal(a, b) for a, b in zip(plain, told, strict=True))
+
+
+@pytest.mark.parametrize(
+    "frames, joints, coordinates, t_patch", [(2, 1, 3, 1), (8, 37, 3, 4), (30, 20, 2, 5), (127, 1, 3, 1)]
+)
+def test_tokens_that_were_not_seen_over_shapes(isa, frames, joints, coordinates, t_patch):
+    for variant in VARIANTS:
+        clips, valid = missing(bodies(3, frames, joints, coordinates), 0.6, t_patch)
+        check(clips, mask_ratio=0.45, variant=variant, t_patch=t_patch, valid=valid, seed=frames)
+
+
+def test_strides_and_threads_of_what_was_seen(isa, threads):
+    clips, valid = missing(bodies(6), 0.5)
+    plain = check(clips, valid=valid)
+    for other in (valid.t().contiguous().t(), valid.repeat_interleave(2, 1)[:, ::2]):
+        assert all(torch.equal(a, b) for a, b in zip(check(clips, valid=other), plain, strict=True))
+    check(clips, valid=valid[:1].expand(6, -1))
+    for count in (1, 3):
+        threads(count)
+        assert all(torch.equal(a, b) for a, b in zip(check(clips, valid=valid), plain, strict=True))
+
+
+def test_keys_that_float32_cannot_tell_apart_among_seen_tokens(isa):
+    """The same crowd at the threshold as above, with half of it unseen."""
+    clips, valid, kept = *missing(bodies(8), 0.5), 74
+    uniform = torch.rand(8, 750)
+    scores = reference.motion_scores(clips.double(), t_patch=4, variant="paper").flatten(1)
+    scores = scores * reference.known_scores(valid, 25)
+    logits = scores / (scores.amax(1, keepdim=True) * 0.8 + 1e-10)
+    keys = logits - torch.log(-torch.log(uniform.double() + 1e-10) + 1e-10)
+    order = keys.masked_fill(~valid, torch.inf).argsort(1)
+    threshold = keys.gather(1, order[:, kept - 1 : kept])
+    near = torch.cat([order[:, 60:70], order[:, 200:210], order[:, 700:720]], 1)
+    uniform.scatter_(1, near, torch.exp(-torch.exp(logits.gather(1, near) - threshold)).float())
+    check(clips, variant="paper", uniform=uniform, valid=valid)
+
+
 def test_empty_batch(isa):
     drawn = check(torch.zeros(0, 120, 25, 3))
     assert drawn.visible.shape == (0, 74) and drawn.mask.shape == drawn.probability.shape == (0, 750)
@@ -296,8 +372,10 @@ def test_the_operator_refuses_what_would_read_other_memory():
         ({6: torch.rand(2, 749)}, r"uniform must be a float32 CPU tensor \[B,L\]"),
         ({9: torch.zeros(3, dtype=torch.int64)}, r"clip_ids must be an int64 CPU tensor \[B\]"),
         ({9: torch.zeros(2, dtype=torch.int32)}, "clip_ids must be an int64"),
+        ({10: torch.ones(2, 749, dtype=torch.bool)}, r"valid must be a bool CPU tensor \[B,L\]"),
+        ({10: torch.ones(2, 750)}, "valid must be a bool"),
     ):
-        arguments = [clips, 74, 0.8, 4, 0, 0.5, None, 0, 0, None]
+        arguments = [clips, 74, 0.8, 4, 0, 0.5, None, 0, 0, None, None]
         for place, value in change.items():
             arguments[place] = value
         with pytest.raises(RuntimeError, match=message):
@@ -306,12 +384,14 @@ def test_the_operator_refuses_what_would_read_other_memory():
 
 def test_opcheck_compile_and_export():
     clips, ids = bodies(2, 24), torch.arange(2)
+    valid = torch.rand(2, 150) < 0.6
     arguments = (clips, 0.9, 0.8, 4, "paper", 0.5, None, 1, 2, ids, "cpu")
-    torch.library.opcheck(torch.ops.jmm_fast.motion_mask.default, arguments)
+    for given in (arguments, (*arguments, valid)):
+        torch.library.opcheck(torch.ops.jmm_fast.motion_mask.default, given)
 
     class Draw(torch.nn.Module):
-        def forward(self, clips, ids, epoch=3):
-            return tuple(ops.motion_mask(clips, seed=1, epoch=epoch, clip_ids=ids, backend="cpu"))
+        def forward(self, clips, ids, epoch=3, valid=valid):
+            return tuple(ops.motion_mask(clips, seed=1, epoch=epoch, clip_ids=ids, valid=valid, backend="cpu"))
 
     compiled = torch.compile(Draw(), fullgraph=True)
     for epoch in (3, 4, 5):

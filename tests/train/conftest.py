@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from jmm_fast.data import prepare
-from jmm_fast.data.readers.synthetic import SyntheticOptions
+from jmm_fast.data import prepare, write_store
+from jmm_fast.data.readers.synthetic import SyntheticOptions, read
 from jmm_fast.models import ModelConfig
 from jmm_fast.train.config import DataConfig, FinetuneConfig, KnnConfig, OptimConfig, ProbeConfig, RunConfig
 
@@ -32,6 +33,21 @@ def clips(tmp_path_factory) -> Path:
     """48 synthetic clips, some with two bodies."""
     path = tmp_path_factory.mktemp("clips") / "clips.safetensors"
     prepare("synthetic", None, path, SyntheticOptions(clips=48))
+    return path
+
+
+@pytest.fixture(scope="session")
+def gappy_clips(tmp_path_factory) -> Path:
+    """The same with a fifth of the joints missing (zero), ten frames at a time."""
+    contents = read(options=SyntheticOptions(clips=48))
+    blocks = contents.frames if isinstance(contents.frames, list) else [contents.frames]
+    contents.frames = np.concatenate(blocks)
+    rows, joints = contents.frames.shape[:2]
+    missing = np.random.default_rng(0).random((rows // 10 + 1, joints)).repeat(10, axis=0)[:rows] < 0.2
+    contents.confidence = np.where(missing, 0, 1).astype(np.float16)
+    contents.frames[missing] = 0
+    path = tmp_path_factory.mktemp("gappy") / "clips.safetensors"
+    write_store(path, contents)
     return path
 
 

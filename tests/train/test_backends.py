@@ -51,6 +51,19 @@ def test_cpu_and_reference_train_alike(clips, fifty, tmp_path, variant, topology
 
 
 @native
+def test_cpu_and_reference_train_alike_where_joints_are_missing(gappy_clips, fifty, tmp_path):
+    """And with a stride, so that a token's motion needs frames of the next one."""
+    config = dataclasses.replace(fifty, loss=dataclasses.replace(fifty.loss, stride=2))
+    curves = {
+        backend: losses(gappy_clips, dataclasses.replace(config, backend=backend), tmp_path / backend)
+        for backend in ("cpu", "reference")
+    }
+    assert (curves["cpu"][0] - curves["reference"][0]).abs() <= 2e-6 * curves["reference"][0]
+    torch.testing.assert_close(curves["cpu"], curves["reference"], rtol=2e-4, atol=0)
+    assert curves["cpu"][-3:].mean() < 0.97 * curves["cpu"][:3].mean()
+
+
+@native
 def test_cpu_and_reference_draw_the_same(clips, config):
     store = ClipStore.open(clips)
     ids = store.split("xsub").train

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from jmm_fast.data import ClipStore
+from jmm_fast.data import ClipStore, write_store
 from jmm_fast.errors import UserError
 from jmm_fast.recipes import released
 from jmm_fast.train import evaluate
@@ -65,6 +65,71 @@ def test_neighbours_by_hand():
     # Negative similarities (distances) behave alike; a class without a training clip comes last.
     assert neighbour_ranking(similarity - 10, labels, 3, 4).tolist() == [[1, 0, 2, 3], [2, 0, 1, 3]]
     assert neighbour_ranking(similarity, labels, 99, 3)[0, 0] == 1
+
+
+def test_raw_poses_of_every_modality(clips):
+    store = ClipStore.open(clips)
+    ids = torch.arange(12)
+    shape = (12, store.max_bodies, 8, 25, 3)
+    joint, bone, motion, both = (
+        raw_poses(store, ids, 8, modality=name).view(shape) for name in ("joint", "bone", "motion", "bone_motion")
+    )
+    parents = torch.as_tensor(store.skeleton.bone_parents())
+    torch.testing.assert_close(bone, joint - joint[..., parents, :])
+    for moved, still in ((motion, joint), (both, bone)):
+        torch.testing.assert_close(moved[:, :, :-1], still[:, :, 1:] - still[:, :, :-1])
+        assert not moved[:, :, -1].any()
+
+
+def test_raw_neighbours_and_the_probe_see_the_modality_of_the_run(run, clips):
+    lines = {
+        modality: [
+            knn(source(run, data={"modality": modality}), data=clips, raw=True, say=quiet),
+            knn(source(run, data={"modality": modality}), data=clips, say=quiet),
+            probe(source(run, data={"modality": modality}, probe={"epochs": 1}), data=clips, say=quiet),
+        ]
+        for modality in ("joint", "bone")
+    }
+    assert [line["modality"] for line in lines["bone"]] == ["bone"] * 3
+    for joint, bone in zip(lines["joint"], lines["bone"], strict=True):
+        assert (joint["top1"], joint["top5"]) != (bone["top1"], bone["top5"]), joint["protocol"]
+
+
+def test_finetuning_takes_the_labels_that_the_store_names(run, clips, tmp_path):
+    store = ClipStore.open(clips)
+    split = store.split("xsub")
+    chosen = split.train[[0, 3, 5, 6, 9]]
+    fields = {name: getattr(store, name) for name in ("class_names", "skeleton", "splits", "names")}
+    fields |= {name: getattr(store, name).numpy() for name in ("frames", "offsets", "body_offsets", "labels")}
+    subsets = {"xsub": {"0.1": [store.names[clip] for clip in chosen.tolist()]}}
+    write_store(tmp_path / "subsets", **fields, label_subsets=subsets)
+    said = []
+    settings = {"labels": 0.1, "batch_size": 2, "epochs": 1, "warmup_epochs": 0}
+    line = finetune(source(run, finetune=settings), data=tmp_path / "subsets", say=said.append)
+    assert line["train_clips"] == 5 and f"on 5 of {len(split.train)} training clips" in said[0]
+    drawn = finetune(source(run, finetune=settings), data=clips, overwrite=True, say=quiet)
+    assert drawn["train_clips"] == len(store.labels[split.train].unique())
+
+
+def test_pooled_features_leave_out_what_is_missing(gappy_clips, config):
+    store = ClipStore.open(gappy_clips)
+    encoder = evaluate.Source(folder=None, config=config).encoder("untrained", seed=0)
+    ids = torch.arange(6)
+
+    def features(**changes):
+        settings = dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
+        feeder = evaluate.batches(
+            store, ids, settings, train=False, batch_size=6, seed=0, device=torch.device("cpu"), shuffle=False
+        )
+        return evaluate.pooled_features(encoder, feeder, device=torch.device("cpu"), dtype="float32", title=""), feeder
+
+    (pooled, _), feeder = features()
+    (batch,) = feeder.epoch(0)
+    tokens, valid = encoder(batch.clips).detach(), batch.valid(4)
+    for clip in range(6):
+        bodies = torch.nonzero(batch.clip_of_body == clip)[:, 0].tolist()
+        mean = torch.stack([tokens[body][valid[body]].mean(0) for body in bodies]).mean(0)
+        torch.testing.assert_close(pooled[clip], mean)
 
 
 def test_raw_poses_ignore_place_and_heading(clips):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -54,6 +55,42 @@ def test_the_seed_decides(clips, config, tmp_path):
     ]
     assert same(runs[0], runs[1])
     assert not same(runs[0], runs[2])
+
+
+def test_what_is_missing_decides_nothing(gappy_clips, config, tmp_path):
+    """Other numbers in the missing places, the same weights; but not where confidence is thrown away."""
+    contents = ClipStore.open(gappy_clips)
+    garbage = contents.frames.clone()
+    garbage[contents.confidence == 0] = torch.randn(3)
+    fields = {name: getattr(contents, name) for name in ("class_names", "skeleton", "splits", "names")}
+    fields |= {name: getattr(contents, name).numpy() for name in ("offsets", "body_offsets", "labels", "confidence")}
+    write_store(tmp_path / "garbage", frames=garbage.numpy(), **fields)
+    write_store(tmp_path / "untold", frames=garbage.numpy(), **{**fields, "confidence": None})
+    plain, other, untold = (
+        state(pretrain(config, data=data, out=tmp_path / f"run{number}", say=lambda _: None))
+        for number, data in enumerate((gappy_clips, tmp_path / "garbage", tmp_path / "untold"))
+    )
+    assert same(plain, other)
+    assert not same(plain, untold)
+
+
+def test_full_confidence_is_as_none(clips, config, tmp_path):
+    store = ClipStore.open(clips)
+    fields = {name: getattr(store, name) for name in ("class_names", "skeleton", "splits", "names")}
+    fields |= {name: getattr(store, name).numpy() for name in ("frames", "offsets", "body_offsets", "labels")}
+    confidence = np.full(store.frames.shape[:2], 0.3, np.float16)
+    write_store(tmp_path / "told", confidence=confidence, **fields)
+    confidence[7, 3] = 0.1
+    write_store(tmp_path / "nearly", confidence=confidence, **fields)
+    low = dataclasses.replace(config, data=dataclasses.replace(config.data, min_confidence=0.2))
+    plain, told, nearly = (
+        state(pretrain(settings, data=data, out=tmp_path / f"run{number}", say=lambda _: None))
+        for number, (settings, data) in enumerate(
+            ((config, clips), (low, tmp_path / "told"), (low, tmp_path / "nearly"))
+        )
+    )
+    assert same(plain, told)
+    assert not same(plain, nearly) or 7 >= store.offsets[store.split("xsub").train[0]]
 
 
 @pytest.mark.parametrize("step", [0, 1, 4, 8])

@@ -215,6 +215,34 @@ def test_mask_of_a_run_is_the_one_of_training(run, store):
         masked_clip_of_run(run, store, 3)
 
 
+def test_mask_of_a_run_sees_what_the_run_sees(run, store):
+    """Modality and confidence decide the mask that is drawn, as they do in training."""
+    import torch
+
+    from jmm_fast import ops
+    from jmm_fast.data.batches import to_modality
+
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("modality: joint", "modality: bone\n  min_confidence: 0.5"))
+    store.confidence = torch.ones(store.frames.shape[:2], dtype=torch.float16)
+    wrist = LAYOUT.joint_names.index("left_wrist")
+    store.confidence[:, wrist] = 0.5
+    clip = masked_clip_of_run(run, store, 2, epoch=1)
+    parents = torch.as_tensor(LAYOUT.bone_parents())
+    valid = torch.ones(2, 4, 25, dtype=torch.bool)
+    valid[:, :, [wrist, *torch.nonzero(parents == wrist)[:, 0].tolist()]] = False
+    drawn = ops.motion_mask(
+        to_modality(torch.from_numpy(clip.poses), "bone", parents),
+        seed=3,
+        epoch=1,
+        clip_ids=torch.tensor([2, 2 + (1 << 32)]),
+        valid=valid.flatten(1),
+        backend="reference",
+    )
+    assert np.array_equal(clip.mask, drawn.mask.numpy())
+    assert clip.mask.reshape(2, 4, 25)[:, :, wrist].all()
+
+
 def test_mask_of_a_run_needs_settings(run, store, tmp_path):
     (run / "config.yaml").write_text("model: {num_joints: 24}")
     with pytest.raises(UserError, match=r"25 joints, the model of .* has 24"):

@@ -142,10 +142,15 @@ def _prepare_files(
     reader: Reader, raw: Path, out: Path, options: Any, workers: int, say: Callable[[str], None]
 ) -> None:
     source = reader.open(raw, options)
+
+    def first():
+        clip = first_clip(source)
+        return clip.frames, clip.confidence
+
     with collect(
         source,
         out,
-        transform=common.transform(options, source.skeleton, lambda: first_clip(source).frames),
+        transform=common.transform(options, source.skeleton, first),
         select=lambda contents: common.keep_matching(options.where, contents.table(source.where)),
         on_error=options.on_error,
         workers=workers,

@@ -18,7 +18,7 @@ from jmm_fast.data.cleaning import Cleaner, OnError
 from jmm_fast.data.mapping import joint_mapping
 from jmm_fast.data.splits import ColumnTable, matching, split_masks, stratified_fraction
 from jmm_fast.data.store import StoreContents
-from jmm_fast.data.transform import ClipTransform, bone_lengths
+from jmm_fast.data.transform import ClipTransform, bone_lengths, missing_joints
 from jmm_fast.errors import UserError
 from jmm_fast.skeleton import Skeleton
 
@@ -42,6 +42,9 @@ class CommonOptions:
     joint_map: Path | None = None
     """YAML file that overrides the mapping onto --layout: TARGET: SOURCE, TARGET: [SOURCE, SOURCE] for the middle, or
     TARGET: null for a missing joint."""
+    fill_gaps: int = 0
+    """In data with confidences, put a joint that is missing for at most so many frames on a straight line between where
+    it was before and after; its confidence stays 0."""
     view: bool = False
     """Turn each clip so that its first body stands upright and faces the camera when it first appears."""
     bones: bool = False
@@ -119,24 +122,30 @@ def require_clips(kept: np.ndarray, cleaner: Cleaner) -> None:
         raise UserError(f"{cleaner.where}: no usable clip is left of {len(cleaner.dropped)}")
 
 
-def transform(options: CommonOptions, source: Skeleton, first: Callable[[], np.ndarray]) -> ClipTransform:
+def transform(
+    options: CommonOptions, source: Skeleton, first: Callable[[], tuple[np.ndarray, np.ndarray | None]]
+) -> ClipTransform:
     """What ``options`` ask to be done to every clip.
 
     Args:
         source: layout of the clips as the reader gives them.
-        first: called when bone lengths are needed: frames ``[M, n, V, 3]`` of the first clip.
+        first: called when bone lengths are needed: frames ``[M, n, V, 3]`` and confidence of the first clip.
 
     Raises:
-        UserError: an unknown layout, or a joint map that does not fit.
+        UserError: an unknown layout, a joint map that does not fit, or a negative gap.
     """
+    if options.fill_gaps < 0:
+        raise UserError(f"--fill-gaps must be 0 or more frames, got {options.fill_gaps}")
     mapping = None
     if options.layout not in ("auto", "keep", source.name):
         mapping = joint_mapping(source, skeleton.get(options.layout), options.joint_map)
     elif options.joint_map is not None:
         raise UserError("--joint-map needs --layout, the layout to map onto")
-    chain = ClipTransform(source=source, mapping=mapping, view=options.view)
+    chain = ClipTransform(source=source, gaps=options.fill_gaps, mapping=mapping, view=options.view)
     if options.bones:
-        lengths = bone_lengths(chain(first())[0], chain.skeleton)
+        frames, confidence = chain(*first())
+        missing = None if confidence is None else missing_joints(frames, confidence)
+        lengths = bone_lengths(frames, chain.skeleton, missing)
         chain = replace(chain, bones=tuple(lengths.tolist()))
     return chain
 
@@ -151,17 +160,18 @@ def transform_contents(contents: StoreContents, options: CommonOptions) -> None:
         rows = array[contents.offsets[number] : contents.offsets[number + 1]]
         return rows.reshape(first_body[number + 1] - first_body[number], -1, *array.shape[1:])
 
-    chain = transform(options, contents.skeleton, lambda: clip(frames, 0))
-    if chain == ClipTransform(source=contents.skeleton):
-        return
     confidence = contents.confidence
     if confidence is not None:
         confidence = np.concatenate(confidence) if isinstance(confidence, list) else confidence
         confidence = confidence.astype(np.float32)
-    done = [
-        chain(clip(frames, number), None if confidence is None else clip(confidence, number))
-        for number in range(contents.num_clips)
-    ]
+
+    def both(number: int) -> tuple[np.ndarray, np.ndarray | None]:
+        return clip(frames, number), None if confidence is None else clip(confidence, number)
+
+    chain = transform(options, contents.skeleton, lambda: both(0))
+    if chain == ClipTransform(source=contents.skeleton):
+        return
+    done = [chain(*both(number)) for number in range(contents.num_clips)]
     contents.frames = [part.reshape(-1, *part.shape[2:]) for part, _ in done]
     if any(part is not None for _, part in done):
         contents.confidence = [part.reshape(-1, part.shape[-1]).astype(np.float16) for _, part in done]
