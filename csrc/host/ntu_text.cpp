@@ -1,0 +1,211 @@
+#include "host/ntu_text.h"
+
+#include <algorithm>
+#include <charconv>
+#include <cstring>
+#include <limits>
+#include <system_error>
+#include <utility>
+
+namespace jmm_fast {
+
+namespace {
+
+constexpr int64_t kBodyFields = 10, kJointFields = 12;
+
+bool is_space(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
+bool is_digit(char c) { return c >= '0' && c <= '9'; }
+
+std::string_view trimmed(std::string_view text) {
+  while (!text.empty() && is_space(text.front())) text.remove_prefix(1);
+  while (!text.empty() && is_space(text.back())) text.remove_suffix(1);
+  return text;
+}
+
+/// The first field of `text`, which does not begin with a space.
+std::string_view field(std::string_view text) {
+  return text.substr(0, std::find_if(text.begin(), text.end(), is_space) - text.begin());
+}
+
+int64_t count_fields(std::string_view line) {
+  int64_t count = !line.empty() && !is_space(line[0]);
+  for (size_t begin = 1; begin < line.size(); begin += 255) {
+    // One byte holds the count of a block, so that the compiler compares 16 characters at a time.
+    uint8_t starts = 0;
+    const size_t end = std::min(begin + 255, line.size());
+    for (size_t i = begin; i < end; ++i) starts += static_cast<int>(is_space(line[i - 1])) & !is_space(line[i]);
+    count += starts;
+  }
+  return count;
+}
+
+/// `text` in quotes, for a message of one line.
+std::string quoted(std::string_view text) {
+  std::string result = "'";
+  for (const char c : text.substr(0, 20)) result += c >= ' ' && c <= '~' ? c : '?';
+  return result + (text.size() > 20 ? "...'" : "'");
+}
+
+bool read_whole(std::string_view text, int64_t* value) {
+  const auto [stop, error] = std::from_chars(text.data(), text.data() + text.size(), *value);
+  return error == std::errc() && stop == text.data() + text.size();
+}
+
+/// nan, inf or infinity, in any case.
+bool read_word(std::string_view text, double* value) {
+  std::string lower(text.substr(0, 9));
+  for (char& c : lower) c |= 32;
+  if (lower == "nan") return *value = std::numeric_limits<double>::quiet_NaN(), true;
+  return *value = std::numeric_limits<double>::infinity(), lower == "inf" || lower == "infinity";
+}
+
+/// Read the number that begins at `at` and ends before a space or `end`; where it ends, or null when it is none.
+const char* read_number(const char* at, const char* end, double* value) {
+  static constexpr double kPowers[] = {1e0,  1e1,  1e2,  1e3,  1e4,  1e5,  1e6,  1e7,  1e8,  1e9,  1e10, 1e11,
+                                       1e12, 1e13, 1e14, 1e15, 1e16, 1e17, 1e18, 1e19, 1e20, 1e21, 1e22};
+  const bool negative = at != end && *at == '-';
+  if (at != end && (*at == '-' || *at == '+')) ++at;
+  const char* const start = at;
+  uint64_t digits = 0;
+  for (; at != end && is_digit(*at); ++at) digits = digits * 10 + (*at - '0');
+  const char* const point = at;
+  int64_t places = 0;
+  if (at != end && *at == '.') {
+    for (++at; at != end && is_digit(*at); ++at) digits = digits * 10 + (*at - '0');
+    places = at - point - 1;
+  }
+  const int64_t length = point - start + places;
+  if (length == 0) {
+    const std::string_view word = field({start, static_cast<size_t>(end - start)});
+    if (!read_word(word, value)) return nullptr;
+    if (negative) *value = -*value;
+    return word.data() + word.size();
+  }
+  int64_t exponent = 0;
+  if (at != end && (*at == 'e' || *at == 'E')) {
+    ++at;
+    const bool down = at != end && *at == '-';
+    if (at != end && (*at == '-' || *at == '+')) ++at;
+    const char* const first = at;
+    for (; at != end && is_digit(*at); ++at) exponent = std::min<int64_t>(exponent * 10 + (*at - '0'), 1ll << 40);
+    if (at == first) return nullptr;
+    if (down) exponent = -exponent;
+  }
+  if (at != end && !is_space(*at)) return nullptr;
+  const int64_t power = exponent - places;
+  if (length <= 19 && digits <= 1ull << 53 && power >= -22 && power <= 22) {
+    // Both are exact as doubles, so the one operation rounds correctly.
+    const double whole = static_cast<double>(digits);
+    *value = power < 0 ? whole / kPowers[-power] : whole * kPowers[power];
+  } else if (std::from_chars(start, at, *value).ec == std::errc::result_out_of_range) {
+    const char* first = start;
+    while (*first == '0' || *first == '.') ++first;
+    *value = point - first + exponent > 0 ? std::numeric_limits<double>::infinity() : 0.0;
+  }
+  if (negative) *value = -*value;
+  return at;
+}
+
+class Parser {
+ public:
+  explicit Parser(std::string_view text) : rest_(text) {}
+
+  NtuText run() {
+    if (read()) {
+      while (found_.rest == 0 && next()) {
+        if (!trimmed(line_).empty()) found_.rest = number_;
+      }
+    }
+    return std::move(found_);
+  }
+
+ private:
+  bool read() {
+    if (!count("the number of frames", &found_.frames)) return false;
+    for (int64_t frame = 0; frame < found_.frames; ++frame) {
+      int64_t bodies;
+      if (!count("the number of bodies of a frame", &bodies)) return false;
+      for (; bodies > 0; --bodies) {
+        if (!body(frame)) return false;
+      }
+    }
+    return true;
+  }
+
+  bool body(int64_t frame) {
+    int64_t id, joints;
+    if (!next()) return ended("10 values of a body");
+    if (const int64_t fields = count_fields(line_); fields != kBodyFields) {
+      return fail("expected 10 values of a body, got " + std::to_string(fields));
+    }
+    const std::string_view text = field(trimmed(line_));
+    if (!read_whole(text, &id)) return fail("expected the id of a body, a whole number, got " + quoted(text));
+    if (!count("the number of joints", &joints)) return false;
+    if (joints != NtuText::kJoints) return fail("expected 25 joints, got " + std::to_string(joints));
+    // Only now is there a line, so a count of bodies that no text follows takes no memory.
+    found_.frame.push_back(frame);
+    found_.body.push_back(id);
+    found_.line.push_back(number_ + 1);
+    for (int64_t joint = 0; joint < NtuText::kJoints; ++joint) {
+      if (!coordinates()) return false;
+    }
+    return true;
+  }
+
+  bool coordinates() {
+    if (!next()) return ended("12 numbers of a joint");
+    if (const int64_t fields = count_fields(line_); fields != kJointFields) {
+      return fail("expected 12 numbers of a joint, got " + std::to_string(fields));
+    }
+    const char *at = line_.data(), *const end = at + line_.size();
+    float xyz[3];
+    for (float& coordinate : xyz) {
+      while (is_space(*at)) ++at;  // ends: the fields were counted
+      double value;
+      const char* const stop = read_number(at, end, &value);
+      if (stop == nullptr) {
+        return fail("expected a coordinate, got " + quoted(field({at, static_cast<size_t>(end - at)})));
+      }
+      at = stop;
+      coordinate = static_cast<float>(value);
+    }
+    found_.joints.insert(found_.joints.end(), xyz, xyz + 3);
+    return true;
+  }
+
+  bool next() {
+    if (rest_.empty()) return false;
+    ++number_;
+    const auto* const stop = static_cast<const char*>(std::memchr(rest_.data(), '\n', rest_.size()));
+    line_ = rest_.substr(0, stop == nullptr ? rest_.size() : stop - rest_.data());
+    rest_.remove_prefix(std::min(line_.size() + 1, rest_.size()));
+    return true;
+  }
+
+  bool count(const char* what, int64_t* value) {
+    if (!next()) return ended(what);
+    const std::string_view text = trimmed(line_);
+    return (read_whole(text, value) && *value >= 0) || fail(std::string("expected ") + what + ", got " + quoted(text));
+  }
+
+  bool ended(const char* what) {
+    ++number_;
+    return fail(std::string("expected ") + what + ", got the end of the file");
+  }
+
+  bool fail(std::string message) {
+    found_.error_line = number_;
+    found_.error = std::move(message);
+    return false;
+  }
+
+  std::string_view rest_, line_;
+  int64_t number_ = 0;
+  NtuText found_;
+};
+
+}  // namespace
+
+NtuText parse_ntu(std::string_view text) { return Parser(text).run(); }
+
+}  // namespace jmm_fast
