@@ -1,6 +1,7 @@
 #include "host/ntu_text.h"
 
 #include <algorithm>
+#include <bit>
 #include <charconv>
 #include <cstring>
 #include <limits>
@@ -59,12 +60,39 @@ bool read_word(std::string_view text, double* value) {
   return *value = std::numeric_limits<double>::infinity(), lower == "inf" || lower == "infinity";
 }
 
-/// Read the number that begins at `at` and ends before a space or `end`; where it ends, or null when it is none.
+constexpr double kTens[] = {1e0,  1e1,  1e2,  1e3,  1e4,  1e5,  1e6,  1e7,  1e8,  1e9,  1e10, 1e11,
+                            1e12, 1e13, 1e14, 1e15, 1e16, 1e17, 1e18, 1e19, 1e20, 1e21, 1e22};
+
+/// What nearly every coordinate looks like, without a loop: one digit, a point, one to eight digits. See read_number;
+/// null for any other form.
+const char* read_short(const char* at, const char* end, double* value) {
+  if (std::endian::native != std::endian::little || end - at < 12) return nullptr;
+  const bool negative = *at == '-';
+  at += negative;
+  const unsigned first = static_cast<unsigned char>(*at - '0');
+  if (first > 9 || at[1] != '.') return nullptr;
+  uint64_t text;
+  std::memcpy(&text, at + 2, sizeof text);
+  text ^= 0x3030303030303030;  // digits are now 0 to 9, and the first is the lowest byte
+  const int places = std::countr_zero((text | (text + 0x7676767676767676)) & 0x8080808080808080) / 8;
+  at += 2 + places;
+  if (places == 0 || !is_space(*at)) return nullptr;
+  // Zeros go before the digits; then neighbours join to pairs, to fours, to one number.
+  text <<= 64 - 8 * places;
+  text = (text * 10 + (text >> 8)) & 0x00ff00ff00ff00ff;
+  text = (text * 100 + (text >> 16)) & 0x0000ffff0000ffff;
+  text = (text * 10000 + (text >> 32)) & 0xffffffff;
+  // All three are exact as doubles, so the one division rounds correctly.
+  const double digits = first * kTens[places] + static_cast<double>(static_cast<int64_t>(text));
+  *value = (1 - 2 * negative) * digits / kTens[places];
+  return at;
+}
+
+/// Read the number that begins at `at` < `end` and ends before a space or `end`; where it ends, or null when it is
+/// none.
 const char* read_number(const char* at, const char* end, double* value) {
-  static constexpr double kPowers[] = {1e0,  1e1,  1e2,  1e3,  1e4,  1e5,  1e6,  1e7,  1e8,  1e9,  1e10, 1e11,
-                                       1e12, 1e13, 1e14, 1e15, 1e16, 1e17, 1e18, 1e19, 1e20, 1e21, 1e22};
-  const bool negative = at != end && *at == '-';
-  if (at != end && (*at == '-' || *at == '+')) ++at;
+  const bool negative = *at == '-';
+  if (negative || *at == '+') ++at;
   const char* const start = at;
   uint64_t digits = 0;
   for (; at != end && is_digit(*at); ++at) digits = digits * 10 + (*at - '0');
@@ -78,29 +106,29 @@ const char* read_number(const char* at, const char* end, double* value) {
   if (length == 0) {
     const std::string_view word = field({start, static_cast<size_t>(end - start)});
     if (!read_word(word, value)) return nullptr;
-    if (negative) *value = -*value;
-    return word.data() + word.size();
-  }
-  int64_t exponent = 0;
-  if (at != end && (*at == 'e' || *at == 'E')) {
-    ++at;
-    const bool down = at != end && *at == '-';
-    if (at != end && (*at == '-' || *at == '+')) ++at;
-    const char* const first = at;
-    for (; at != end && is_digit(*at); ++at) exponent = std::min<int64_t>(exponent * 10 + (*at - '0'), 1ll << 40);
-    if (at == first) return nullptr;
-    if (down) exponent = -exponent;
-  }
-  if (at != end && !is_space(*at)) return nullptr;
-  const int64_t power = exponent - places;
-  if (length <= 19 && digits <= 1ull << 53 && power >= -22 && power <= 22) {
-    // Both are exact as doubles, so the one operation rounds correctly.
-    const double whole = static_cast<double>(digits);
-    *value = power < 0 ? whole / kPowers[-power] : whole * kPowers[power];
-  } else if (std::from_chars(start, at, *value).ec == std::errc::result_out_of_range) {
-    const char* first = start;
-    while (*first == '0' || *first == '.') ++first;
-    *value = point - first + exponent > 0 ? std::numeric_limits<double>::infinity() : 0.0;
+    at = word.data() + word.size();
+  } else {
+    int64_t exponent = 0;
+    if (at != end && (*at == 'e' || *at == 'E')) {
+      ++at;
+      const bool down = at != end && *at == '-';
+      if (at != end && (*at == '-' || *at == '+')) ++at;
+      const char* const first = at;
+      for (; at != end && is_digit(*at); ++at) exponent = std::min<int64_t>(exponent * 10 + (*at - '0'), 1ll << 40);
+      if (at == first) return nullptr;
+      if (down) exponent = -exponent;
+    }
+    if (at != end && !is_space(*at)) return nullptr;
+    const int64_t power = exponent - places;
+    if (length <= 19 && digits <= 1ull << 53 && power >= -22 && power <= 22) {
+      // Both are exact as doubles, so the one operation rounds correctly.
+      const double whole = static_cast<double>(digits);
+      *value = power < 0 ? whole / kTens[-power] : whole * kTens[power];
+    } else if (std::from_chars(start, at, *value).ec == std::errc::result_out_of_range) {
+      const char* first = start;
+      while (*first == '0' || *first == '.') ++first;
+      *value = point - first + exponent > 0 ? std::numeric_limits<double>::infinity() : 0.0;
+    }
   }
   if (negative) *value = -*value;
   return at;
@@ -146,32 +174,35 @@ class Parser {
     found_.frame.push_back(frame);
     found_.body.push_back(id);
     found_.line.push_back(number_ + 1);
+    float xyz[NtuText::kJoints * 3];
     for (int64_t joint = 0; joint < NtuText::kJoints; ++joint) {
-      if (!coordinates()) return false;
+      if (!coordinates(xyz + joint * 3)) return false;
     }
+    found_.joints.insert(found_.joints.end(), std::begin(xyz), std::end(xyz));
     return true;
   }
 
-  bool coordinates() {
+  bool coordinates(float* xyz) {
     if (!next()) return ended("12 numbers of a joint");
-    if (const int64_t fields = count_fields(line_); fields != kJointFields) {
-      return fail("expected 12 numbers of a joint, got " + std::to_string(fields));
-    }
-    const char *at = line_.data(), *const end = at + line_.size();
-    float xyz[3];
-    for (float& coordinate : xyz) {
-      while (is_space(*at)) ++at;  // ends: the fields were counted
+    const char *at = line_.data(), *const end = at + line_.size(), *stop = nullptr;
+    for (int axis = 0; axis < 3; ++axis, at = stop) {
+      while (at != end && is_space(*at)) ++at;
       double value;
-      const char* const stop = read_number(at, end, &value);
+      stop = read_short(at, end, &value);
+      if (stop == nullptr && at != end) stop = read_number(at, end, &value);
       if (stop == nullptr) {
+        const int64_t fields = count_fields(line_);
+        if (fields != kJointFields) return miscounted(fields);
         return fail("expected a coordinate, got " + quoted(field({at, static_cast<size_t>(end - at)})));
       }
-      at = stop;
-      coordinate = static_cast<float>(value);
+      xyz[axis] = static_cast<float>(value);
     }
-    found_.joints.insert(found_.joints.end(), xyz, xyz + 3);
-    return true;
+    // Numbers that nobody needs are counted, not read.
+    const int64_t fields = 3 + count_fields({at, static_cast<size_t>(end - at)});
+    return fields == kJointFields || miscounted(fields);
   }
+
+  bool miscounted(int64_t fields) { return fail("expected 12 numbers of a joint, got " + std::to_string(fields)); }
 
   bool next() {
     if (rest_.empty()) return false;

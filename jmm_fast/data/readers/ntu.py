@@ -210,9 +210,9 @@ def clean(text: NtuText, options: NtuOptions, name: str, log: FileLog) -> np.nda
     if several:
         bodies = _likely(bodies, options, name, log)
     for body in bodies:
-        finite = np.isfinite(body.joints).all(axis=2)
+        finite = np.isfinite(body.joints)
         if not finite.all():
-            row, joint = np.argwhere(~finite)[0].tolist()
+            row, joint, _ = np.argwhere(~finite)[0].tolist()
             raise UserError(f"line {body.line[row] + joint}: coordinates of a joint that are NaN or infinite")
     actors = _cast(bodies, options.max_bodies, name, log)
     frames = np.zeros((count, len(actors), text.joints.shape[1], 3), dtype=np.float32)
@@ -268,8 +268,8 @@ def _likely(bodies: list[_Body], options: NtuOptions, name: str, log: FileLog) -
     for body in list(bodies) if options.spread else ():
         if len(bodies) == 1:
             break
-        size = body.joints.max(axis=1) - body.joints.min(axis=1)
-        good = size[:, 0] <= _WIDE * size[:, 1]
+        x, y = np.ascontiguousarray(body.joints.transpose(2, 0, 1)[:2])
+        good = x.max(axis=1) - x.min(axis=1) <= _WIDE * (y.max(axis=1) - y.min(axis=1))
         wide = int((~good).sum())
         if wide / len(good) >= _WIDE_FRAMES:
             drop(body, f"wider than {_WIDE} of its height in {wide} of {len(good)} frames")
