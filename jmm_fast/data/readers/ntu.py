@@ -321,6 +321,6 @@ def _listed(path: Path) -> list[str]:
             raise UserError(f"{path}: line {number}: expected a name such as S001C002P003R001A010, got {text[:40]!r}")
     if not names:
         raise UserError(
-            f"{path}: expected names such as S001C002P003R001A010, a line each, got {len(lines)} lines without one"
+            f"{path}: expected names such as S001C002P003R001A010, a line each, got none in {len(lines)} lines"
         )
     return names
