@@ -102,7 +102,7 @@ class NtuOptions(common.CommonOptions):
     """Label subsets to store for each split: that part of every class's training clips, by name."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Body:
     """``joints`` float32 ``[k, 25, 3]`` of one id, in the frames ``at`` int64 ``[k]``; ``line`` of each row's text."""
 
@@ -208,7 +208,9 @@ def clean(text: NtuText, options: NtuOptions, name: str, log: FileLog) -> np.nda
     bodies = _bodies(text, at, options.close_gaps)
     several = len(bodies) > 1
     if several:
-        bodies = _likely(bodies, options, name, log)
+        # Numbers that are not finite matter only in a body that stays.
+        with np.errstate(invalid="ignore", over="ignore"):
+            bodies = _likely(bodies, options, name, log)
     for body in bodies:
         finite = np.isfinite(body.joints)
         if not finite.all():
@@ -280,8 +282,7 @@ def _likely(bodies: list[_Body], options: NtuOptions, name: str, log: FileLog) -
 
 def _motion(joints: np.ndarray) -> float:
     """Sum over x, y, z of the variance over all joints and frames, square metres."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        return float(np.var(joints.reshape(-1, 3), axis=0).sum())
+    return float(np.var(joints.reshape(-1, 3), axis=0).sum())
 
 
 def _cast(bodies: list[_Body], count: int, name: str, log: FileLog) -> list[list[_Body]]:
