@@ -1,4 +1,4 @@
-# make demo | test | sanitize | emulate | bench | lint | format | clean. Each makes its own .venv when there is none.
+# make demo | test | sanitize | fuzz | emulate | bench | lint | format | clean. Each makes its own .venv when there is none.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -7,7 +7,7 @@ DEMO := demo
 NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f -name '*.[ch]*')
 
 .DEFAULT_GOAL := test
-.PHONY: install demo test sanitize emulate bench lint format clean
+.PHONY: install demo test sanitize fuzz emulate bench lint format clean
 
 # The torch we test comes first and alone, so that nothing later pulls in another one.
 $(VENV)/torch.stamp:
@@ -56,6 +56,24 @@ sanitize: install
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
 	PYTHONPATH=$(SANITIZED) PYTHONSAFEPATH=1 \
 	$(BIN)/python -m pytest -q --capture=sys -p no:cacheprovider $(NATIVE_TESTS) -k "$(NATIVE_CHOICE)"
+
+# Each parser of text on made-up bytes, one after the other, FUZZ_SECONDS each. What ends it is kept in build/fuzz.
+FUZZ_SECONDS ?= 600
+FUZZ_CXX ?= clang++
+FUZZED := $(basename $(notdir $(wildcard csrc/host/fuzz/*.cpp)))
+.PHONY: $(FUZZED:%=fuzz-%)
+
+fuzz: $(FUZZED:%=fuzz-%)
+
+$(FUZZED:%=build/fuzz/%): build/fuzz/%: csrc/host/fuzz/%.cpp csrc/host/%.cpp csrc/host/%.h
+	@command -v $(FUZZ_CXX) > /dev/null || { echo "$(FUZZ_CXX) not found (apt-get install clang libclang-rt-14-dev)"; exit 1; }
+	mkdir -p build/fuzz
+	$(FUZZ_CXX) -std=c++20 -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -Icsrc $(filter %.cpp,$^) -o $@
+
+$(FUZZED:%=fuzz-%): fuzz-%: build/fuzz/%
+	mkdir -p build/fuzz/corpus/$*
+	$< -max_total_time=$(FUZZ_SECONDS) -max_len=8192 -print_final_stats=1 -artifact_prefix=build/fuzz/ \
+	  build/fuzz/corpus/$* csrc/host/fuzz/corpus/$*
 
 # The wheel on an emulated processor without AVX-512: an instruction that it does not have ends the program. The emulator
 # reads the whole vector of a load under a mask, which a processor does not: tests that protect the page behind a tensor

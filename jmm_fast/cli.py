@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import field, make_dataclass
+from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -92,14 +92,18 @@ def _prepare(args: list[str]) -> None:
     reader = READERS[args[0]]
     from tyro.conf import Positional, arg
 
-    fields: list[tuple] = [("raw", Annotated[Positional[Path], arg(help="file to read")])] if reader.needs_input else []
-    fields += [
+    arguments: list[tuple] = (
+        [("raw", Annotated[Positional[Path], arg(help="file to read")])] if reader.needs_input else []
+    )
+    arguments += [
         ("out", Annotated[Path, arg(help="clip store to write")]),
         ("options", Annotated[reader.options, arg(name="")], field(default_factory=reader.options)),
     ]
     if reader.open is not None:
-        fields.append(("workers", Annotated[int, arg(help="threads (0: one per core); the result is the same")], 0))
-    given = _parse(make_dataclass("Prepare", fields, kw_only=True), args[1:], f"prepare {args[0]}", reader.help)
+        arguments.append(("workers", Annotated[int, arg(help="threads (0: one per core); the result is the same")], 0))
+    lists = {"--" + item.name.replace("_", "-") for item in fields(reader.options) if isinstance(item.default, tuple)}
+    kind = make_dataclass("Prepare", arguments, kw_only=True)
+    given = _parse(kind, _gathered(args[1:], lists), f"prepare {args[0]}", reader.help)
     store = prepare(
         args[0],
         given.raw if reader.needs_input else None,
@@ -381,6 +385,22 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "report": (_report, "one HTML page with the figures of a run: report RUN"),
     "bench": (_bench, "speed and memory of the kernels against their peers on this machine: bench [OP ...]"),
 }
+
+
+def _gathered(args: list[str], lists: set[str]) -> list[str]:
+    """``args`` with all values of each flag of ``lists`` after one flag: of two, the first would be forgotten."""
+    rest: list[str] = []
+    values: dict[str, list[str]] = {}
+    into = rest
+    for text in args:
+        flag, given, value = text.partition("=")
+        if flag in lists:
+            into = values.setdefault(flag, [])
+            into += [value] * bool(given)
+        else:
+            into = rest if text.startswith("--") else into
+            into.append(text)
+    return rest + [text for flag in values for text in (flag, *values[flag])]
 
 
 def _parse(kind: type, args: list[str], command: str, description: str) -> Any:

@@ -6,7 +6,10 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <utility>
+#include <vector>
 
+#include "host/ntu_text.h"
 #include "host/scan_clips.h"
 #include "host/text_rows.h"
 
@@ -62,6 +65,25 @@ py::tuple scan_clips(const py::object& frames_in, const py::object& offsets_in, 
   return py::make_tuple(nonfinite, zero_frames, max_abs);
 }
 
+template <typename T>
+py::array_t<T> copied(const std::vector<T>& values, std::vector<py::ssize_t> shape) {
+  return py::array_t<T>(std::move(shape), values.data());
+}
+
+py::tuple parse_ntu(const py::bytes& data) {
+  const auto text = static_cast<std::string_view>(data);
+  jmm_fast::NtuText found;
+  {
+    const py::gil_scoped_release release;
+    found = jmm_fast::parse_ntu(text);
+  }
+  if (!found.error.empty()) throw py::value_error("line " + std::to_string(found.error_line) + ": " + found.error);
+  const auto rows = static_cast<py::ssize_t>(found.frame.size());
+  return py::make_tuple(found.frames, copied(found.frame, {rows}), copied(found.body, {rows}),
+                        copied(found.line, {rows}), copied(found.joints, {rows, jmm_fast::NtuText::kJoints, 3}),
+                        found.rest);
+}
+
 py::array_t<float> parse_rows(const py::bytes& data, int64_t columns) {
   if (columns < 1) throw py::value_error("columns must be at least 1, got " + std::to_string(columns));
   const std::string_view text(data);
@@ -97,6 +119,21 @@ Raises:
     ValueError: a wrong type or shape, or offsets that decrease or leave the rows.
 
 The result does not depend on the number of threads. The interpreter lock is released meanwhile.)");
+  module.def("parse_ntu", &parse_ntu, py::arg("data"),
+             R"(Read the text of an NTU RGB+D .skeleton file. A row is one body in one frame, in the order of the file.
+
+Args:
+    data: the file's bytes.
+
+Returns:
+    (frames, frame, body, line, joints, rest): int, the frames that the first line announces; int64 [rows] frame from 0;
+    int64 [rows] id of the body; int64 [rows] line of the body's first joint, from 1; float32 [rows,25,3] metres, each
+    the nearest double rounded to float; int, first line with text after the last frame, 0 where there is none.
+
+Raises:
+    ValueError: not such a text; one sentence begins with the line's number.
+
+The interpreter lock is released meanwhile.)");
   module.def("parse_rows", &parse_rows, py::arg("data"), py::arg("columns"),
              R"(Numbers of a text, a line a row.
 

@@ -195,7 +195,7 @@ def test_rest_pose_and_rotations():
 
 
 def test_prepare_refuses_unknown_formats_and_missing_input(tmp_path):
-    with pytest.raises(UserError, match="unknown format 'bvhh': expected one of ragged, npz, "):
+    with pytest.raises(UserError, match=r"unknown format 'bvhh': expected one of ragged, npz, .*synthetic"):
         prepare("bvhh", None, tmp_path / "x")
     with pytest.raises(UserError, match="prepare ragged needs an input file"):
         prepare("ragged", None, tmp_path / "x")

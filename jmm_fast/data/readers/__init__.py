@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jmm_fast.data.collect import ClipSource, collect, first_clip
-from jmm_fast.data.readers import bvh, common, npz, pku, pyskl, ragged, synthetic, table, uiprmd
+from jmm_fast.data.readers import bvh, common, npz, ntu, pku, pyskl, ragged, synthetic, table, uiprmd
 from jmm_fast.data.store import ClipStore, StoreContents, write_store
 from jmm_fast.errors import UserError
 
@@ -46,6 +47,18 @@ READERS = {
             help="dense .npz of MAMP, CTR-GCN, JMM-TGT: x_train, y_train, x_test, y_test, zero padded",
             options=npz.NpzOptions,
             read=npz.read,
+        ),
+        Reader(
+            name="ntu60",
+            help="NTU RGB+D 60: folder or .zip of .skeleton text",
+            options=ntu.NtuOptions,
+            open=partial(ntu.NtuSource, "ntu60"),
+        ),
+        Reader(
+            name="ntu120",
+            help="NTU RGB+D 120: folder or .zip of .skeleton text",
+            options=ntu.NtuOptions,
+            open=partial(ntu.NtuSource, "ntu120"),
         ),
         Reader(
             name="pku1",

@@ -190,7 +190,13 @@ def add_label_subsets(contents: StoreContents, options: CommonOptions) -> None:
 
 def plain(options: Any) -> dict[str, Any]:
     """Options as JSON; of a file only its name, as folders differ from machine to machine."""
-    return {name: value.name if isinstance(value, Path) else value for name, value in asdict(options).items()}
+
+    def shown(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [shown(item) for item in value]
+        return value.name if isinstance(value, Path) else value
+
+    return {name: shown(value) for name, value in asdict(options).items()}
 
 
 def provenance(reader: str, path: Path, options: Any, cleaner: Cleaner) -> dict[str, Any]:
