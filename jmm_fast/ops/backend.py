@@ -1,7 +1,9 @@
 """Which backend runs an op: one table of ops and backends, one rule of choice, one sentence for each refusal."""
 
 import importlib
+import importlib.util
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -23,6 +25,9 @@ _NATIVE = {
 }
 """Ops that the C++ extension implements for CPU tensors, each with a schema that only the extension can serve."""
 
+_TRITON = ("topology_attention",)
+"""Ops that have a Triton kernel, in the module of ``jmm_fast.kernels`` of the same name."""
+
 _found: dict[tuple[str, str], str | None] = {}
 
 
@@ -42,6 +47,21 @@ def _extension_reason(schema: str) -> str | None:
     return None
 
 
+def interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors: for tests, thousands of times slower."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _triton_reason() -> str | None:
+    """None when Triton kernels can run here, else why not."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if not torch.cuda.is_available():
+        return None if interpreted() else "there is no CUDA GPU on this machine"
+    major, minor = torch.cuda.get_device_capability()
+    return None if major >= 8 else f"it needs compute capability 8.0, this GPU has {major}.{minor}"
+
+
 def unavailable(op: str, backend: str) -> str | None:
     """Why ``backend`` cannot run ``op`` on this installation; None when it can.
 
@@ -52,6 +72,8 @@ def unavailable(op: str, backend: str) -> str | None:
             reason = None
         elif backend == "cpu":
             reason = _extension_reason(_NATIVE[op]) if op in _NATIVE else f"this version has no C++ kernel for {op}"
+        elif backend == "triton" and op in _TRITON:
+            reason = _triton_reason()
         else:
             kind = "Triton" if backend == "triton" else "CUDA C++"
             reason = f"this version has no {kind} kernel for {op}"
@@ -64,7 +86,7 @@ def unavailable(op: str, backend: str) -> str | None:
 unavailable._dynamo_marked_constant = True
 
 
-def choose(op: str, backend: str, tensor: Tensor, refusal: str | None = None) -> str:
+def choose(op: str, backend: str, tensor: Tensor, refusal: str | None = None, gpu_refusal: str | None = None) -> str:
     """The backend that runs this call.
 
     Args:
@@ -72,6 +94,7 @@ def choose(op: str, backend: str, tensor: Tensor, refusal: str | None = None) ->
         backend: what the caller asked for. ``"auto"`` takes the fastest that can and never raises for that.
         tensor: the input whose device decides.
         refusal: why the C++ kernel cannot take these arguments (a dtype, a size), if it cannot.
+        gpu_refusal: the same of the kernels for GPUs.
 
     Raises:
         ValueError: the backend is unknown, or was asked for by name and cannot run; the sentence says why.
@@ -79,15 +102,19 @@ def choose(op: str, backend: str, tensor: Tensor, refusal: str | None = None) ->
     if backend == "reference":
         return backend
     if backend == "auto":
-        on_cpu = tensor.device.type == "cpu"
-        return "cpu" if on_cpu and refusal is None and unavailable(op, "cpu") is None else "reference"
+        if tensor.device.type == "cpu":
+            return "cpu" if refusal is None and unavailable(op, "cpu") is None else "reference"
+        if tensor.device.type == "cuda" and gpu_refusal is None:
+            return next((kind for kind in ("cuda", "triton") if unavailable(op, kind) is None), "reference")
+        return "reference"
     if backend not in BACKENDS:
         raise ValueError(f'backend must be "auto", {", ".join(map(repr, BACKENDS))}, got {backend!r}'.replace("'", '"'))
     reason = unavailable(op, backend)
-    if reason is None and tensor.device.type != "cpu":
-        reason = f"it runs on CPU tensors, got a tensor on {tensor.device}"
+    home = "cpu" if backend == "cpu" or (backend == "triton" and interpreted()) else "cuda"
+    if reason is None and tensor.device.type != home:
+        reason = f"it runs on {home.upper()} tensors, got a tensor on {tensor.device}"
     if reason is None:
-        reason = refusal
+        reason = refusal if backend == "cpu" else gpu_refusal
     if reason is not None:
         raise ValueError(f'{op}: backend "{backend}" cannot run: {reason}')
     return backend

@@ -9,6 +9,7 @@ from jmm_fast.ops.backend import choose, library
 
 MODES = ("add", "scale")
 _MAX_HEAD_DIM = 128
+_MAX_JOINTS = 128
 
 library.define(
     "topology_attention(Tensor q, Tensor k, Tensor v, Tensor? table, Tensor? joints, bool multiply, float scale) "
@@ -17,14 +18,16 @@ library.define(
 # Plain tensor code all the way down: autograd, fake tensors, compile and export look through it.
 library.impl("topology_attention", reference.topology_attention, "CompositeImplicitAutograd")
 
-library.define(
-    "topology_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? table, Tensor? joints, bool multiply, "
-    "float scale) -> (Tensor, Tensor)"
-)
-library.define(
-    "topology_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? table, Tensor? joints, "
-    "Tensor out, Tensor statistics, bool multiply, float scale) -> (Tensor, Tensor, Tensor, Tensor)"
-)
+_SCHEMAS = {
+    "forward": "(Tensor q, Tensor k, Tensor v, Tensor? table, Tensor? joints, bool multiply, float scale) "
+    "-> (Tensor, Tensor)",
+    "backward": "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? table, Tensor? joints, Tensor out, "
+    "Tensor statistics, bool multiply, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+}
+for _name, _schema in _SCHEMAS.items():
+    # In C++ for the CPU; as Triton kernels, on CUDA tensors or in Triton's interpreter.
+    library.define(f"topology_attention_{_name}{_schema}")
+    library.define(f"topology_attention_triton_{_name}{_schema}")
 
 
 def topology_attention(
@@ -52,7 +55,7 @@ def topology_attention(
         mode: ``"add"`` or ``"scale"``.
         scale: None means ``1/sqrt(D)``.
         backend: see ``jmm_fast.backends()``. ``"cpu"`` takes float32 or bfloat16 with ``D <= 128`` and a
-            float32 table.
+            float32 table; ``"triton"`` takes float16 too, and up to 128 joints.
 
     Returns:
         ``[B,H,N,D]``; differentiable in ``q``, ``k``, ``v`` and ``table``.
@@ -96,8 +99,9 @@ def topology_attention(
     if joints is not None:
         joints = joints.long()
     scale = dim**-0.5 if scale is None else float(scale)
-    if choose("topology_attention", backend, q, _refusal(q, table)) == "cpu":
-        return _NativeAttention.apply(q, k, v, table, joints, mode == "scale", scale)
+    backend = choose("topology_attention", backend, q, _refusal(q, table), _gpu_refusal(q, table))
+    if backend in ("cpu", "triton"):
+        return _NativeAttention.apply(q, k, v, table, joints, mode == "scale", scale, backend)
     return torch.ops.jmm_fast.topology_attention(q, k, v, table, joints, mode == "scale", scale)
 
 
@@ -112,23 +116,57 @@ def _refusal(q: Tensor, table: Tensor | None) -> str | None:
     return None
 
 
+def _gpu_refusal(q: Tensor, table: Tensor | None) -> str | None:
+    """Why the Triton kernel cannot take these inputs; None when it can."""
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it takes float32, bfloat16 or float16, got {checks.describe(q)}"
+    if table is not None and (table.dtype != torch.float32 or table.shape[1] > _MAX_JOINTS):
+        return f"it takes a float32 table of at most {_MAX_JOINTS} joints, got {checks.describe(table)}"
+    if q.shape[3] > _MAX_HEAD_DIM:
+        return f"it takes a head width up to {_MAX_HEAD_DIM}, got {checks.describe(q)}"
+    return None
+
+
+_KERNELS = {
+    "cpu": (torch.ops.jmm_fast.topology_attention_forward, torch.ops.jmm_fast.topology_attention_backward),
+    "triton": (
+        torch.ops.jmm_fast.topology_attention_triton_forward,
+        torch.ops.jmm_fast.topology_attention_triton_backward,
+    ),
+}
+
+
 class _NativeAttention(torch.autograd.Function):
-    """Forward and backward kernels of the C++ extension as one differentiable function."""
+    """Forward and backward kernels of a backend as one differentiable function."""
 
     @staticmethod
-    def forward(ctx, q, k, v, table, joints, multiply, scale):
-        out, statistics = torch.ops.jmm_fast.topology_attention_forward(q, k, v, table, joints, multiply, scale)
+    def forward(ctx, q, k, v, table, joints, multiply, scale, backend):
+        out, statistics = _KERNELS[backend][0](q, k, v, table, joints, multiply, scale)
         ctx.save_for_backward(q, k, v, table, joints, out, statistics)
-        ctx.multiply, ctx.scale = multiply, scale
+        ctx.multiply, ctx.scale, ctx.backend = multiply, scale, backend
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
         q, k, v, table, joints, out, statistics = ctx.saved_tensors
-        dq, dk, dv, dtable = torch.ops.jmm_fast.topology_attention_backward(
+        dq, dk, dv, dtable = _KERNELS[ctx.backend][1](
             grad_out, q, k, v, table, joints, out, statistics, ctx.multiply, ctx.scale
         )
-        return dq, dk, dv, dtable if table is not None else None, None, None, None
+        return dq, dk, dv, dtable if table is not None else None, None, None, None, None
+
+
+@torch.library.impl(library, "topology_attention_triton_forward", "CompositeExplicitAutograd")
+def _triton_forward(*inputs):
+    from jmm_fast.kernels import topology_attention as kernel
+
+    return kernel.forward(*inputs)
+
+
+@torch.library.impl(library, "topology_attention_triton_backward", "CompositeExplicitAutograd")
+def _triton_backward(*inputs):
+    from jmm_fast.kernels import topology_attention as kernel
+
+    return kernel.backward(*inputs)
 
 
 def _token_major(x: Tensor) -> Tensor:
@@ -137,11 +175,13 @@ def _token_major(x: Tensor) -> Tensor:
     return x.new_empty(bodies, length, heads, dim).transpose(1, 2)
 
 
+@torch.library.register_fake("jmm_fast::topology_attention_triton_forward", lib=library)
 @torch.library.register_fake("jmm_fast::topology_attention_forward", lib=library)
 def _fake_forward(q, k, v, table, joints, multiply, scale):
     return _token_major(q), q.new_empty((2, *q.shape[:3]), dtype=torch.float32)
 
 
+@torch.library.register_fake("jmm_fast::topology_attention_triton_backward", lib=library)
 @torch.library.register_fake("jmm_fast::topology_attention_backward", lib=library)
 def _fake_backward(grad_out, q, k, v, table, joints, out, statistics, multiply, scale):
     dtable = q.new_empty((0,) if table is None else table.shape, dtype=torch.float32)

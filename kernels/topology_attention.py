@@ -1,0 +1,393 @@
+"""Topology attention for GPUs: flash attention whose scores carry a term for the joints of query and key.
+
+The term of a score is ``rows_i . onehot(joint(j))`` with ``rows_i = table[h, joint(i), :]``, so it is one more matrix
+product over ``V`` padded columns: no gather per score, and its gradient is the same product transposed. Where operands
+are 16 bits wide, rows go in as a high and a low half, which keeps 16 (bfloat16) or 22 (float16) bits of the table.
+
+Scores, softmax statistics and all sums are float32. Statistics are the row's maximum and the sum of its
+weights, kept apart: their logarithm would round away what large scores differ by. The table's gradient is summed in
+registers over the keys of a block of queries, folded onto joints and written as one partial table a block; torch sums
+the partial tables in a fixed order. No atomics: the same bits from run to run.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from jmm_fast.kernels import config
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+ANY = 1 << 30
+
+# (bytes an element, D, N), each at most -> block of queries, block of keys, warps, stages.
+_FORWARD = {
+    (2, 64, 128): (64, 32, 4, 3),
+    (2, 64, ANY): (128, 64, 8, 3),
+    (2, 128, ANY): (64, 64, 8, 2),
+    (4, 32, ANY): (32, 32, 4, 1),
+    (4, 64, ANY): (16, 32, 4, 1),
+    (4, 128, ANY): (16, 16, 4, 1),
+}
+_QUERIES = {
+    (2, 64, ANY): (64, 32, 8, 2),
+    (2, 128, ANY): (32, 32, 8, 1),
+    (4, 32, ANY): (32, 32, 8, 1),
+    (4, 64, ANY): (16, 32, 8, 1),
+    (4, 128, ANY): (16, 16, 8, 1),
+}
+_KEYS = {
+    (2, 64, 128): (32, 32, 4, 2),
+    (2, 64, ANY): (64, 64, 8, 2),
+    (2, 128, ANY): (32, 32, 8, 1),
+    (4, 64, ANY): (16, 32, 8, 1),
+    (4, 128, ANY): (16, 16, 8, 1),
+}
+_ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+FORWARD, QUERIES, KEYS = (dict.fromkeys(_ARCHITECTURES, table) for table in (_FORWARD, _QUERIES, _KEYS))
+"""Sizes that compile without spills on each architecture; not yet measured on a GPU."""
+
+
+@triton.jit
+def _halves(x, DOT: tl.constexpr):
+    """``x`` as two operands whose sum keeps about twice the bits of one."""
+    high = x.to(DOT)
+    return high, (x - high.to(tl.float32)).to(DOT)
+
+
+@triton.jit
+def _onehot(joint, VP: tl.constexpr, DOT: tl.constexpr):
+    """``[n]`` joints -> ``[VP, n]``, 1 where the row is the joint."""
+    return (tl.arange(0, VP)[:, None] == joint[None, :]).to(DOT)
+
+
+@triton.jit
+def _rows(Table, joint, V, VP: tl.constexpr):
+    """Table rows of some tokens, float32 ``[n, VP]``, zero in the padding; a joint of -1 gives zeros."""
+    column = tl.arange(0, VP)
+    inside = (joint[:, None] >= 0) & (column[None, :] < V)
+    return tl.load(Table + joint[:, None] * V + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _exponential(s, most, EXACT: tl.constexpr):
+    """``e^(s - most)``. Large scores differ exactly where they are near; without that, one fused instruction less."""
+    if EXACT:
+        return tl.exp2((s - most) * LOG2E)
+    return tl.exp2(s * LOG2E - most * LOG2E)
+
+
+@triton.jit
+def _forward(
+    Q, K, Vv, Table, Joints, Out, Stat,
+    qb, qh, qn, qd, kb, kh, kn, kd, vb, vh, vn, vd, ob, oh, on, jb,
+    H, N, V, scale,
+    D: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    TERM: tl.constexpr, DOT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of ``BM`` queries of one body and head. TERM: 0 none, 1 added, 2 multiplied."""
+    block, task = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    body, head = task // H, task % H
+    row = block * BM + tl.arange(0, BM)
+    dim = tl.arange(0, DP)
+    here, inner = row < N, dim < D
+    Q += body * qb + head * qh
+    K += body * kb + head * kh
+    Vv += body * vb + head * vh
+    q = tl.load(Q + row[:, None] * qn + dim[None, :] * qd, mask=here[:, None] & inner[None, :], other=0.0).to(DOT)
+    if TERM > 0:
+        Joints += body * jb
+        joint = tl.load(Joints + row, mask=here, other=-1)
+        high, low = _halves(_rows(Table + head * V * V, joint, V, VP), DOT)
+    most = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, DP], tl.float32)
+    for begin in range(0, N, BN):
+        column = begin + tl.arange(0, BN)
+        there = column < N
+        k = tl.load(K + column[None, :] * kn + dim[:, None] * kd, mask=there[None, :] & inner[:, None], other=0.0)
+        s = tl.dot(q, k.to(DOT), input_precision=PRECISION) * scale
+        if TERM > 0:
+            other = _onehot(tl.load(Joints + column, mask=there, other=-1), VP, DOT)
+            term = tl.dot(high, other, input_precision=PRECISION)
+            if not EXACT:
+                term = tl.dot(low, other, acc=term, input_precision=PRECISION)
+            if TERM == 1:
+                s += term
+            else:
+                s *= term
+        s = tl.where(there[None, :], s, float("-inf"))
+        raised = tl.maximum(most, tl.max(s, 1))
+        shrink = tl.exp2((most - raised) * LOG2E)
+        p = _exponential(s, raised[:, None], EXACT)
+        total = total * shrink + tl.sum(p, 1)
+        v = tl.load(Vv + column[:, None] * vn + dim[None, :] * vd, mask=there[:, None] & inner[None, :], other=0.0)
+        acc = tl.dot(p.to(DOT), v.to(DOT), acc=acc * shrink[:, None], input_precision=PRECISION)
+        most = raised
+    acc = acc / total[:, None]
+    place = Out + body * ob + head * oh + row[:, None] * on + dim[None, :]
+    tl.store(place, acc.to(Out.dtype.element_ty), mask=here[:, None] & inner[None, :])
+    tl.store(Stat + task * N + row, most, mask=here)
+    tl.store(Stat + (tl.num_programs(1) + task) * N + row, total, mask=here)
+
+
+@triton.jit
+def _weights(s, most, inverse, there, EXACT: tl.constexpr):
+    """Softmax weights of scores; what is not ``there`` weighs nothing."""
+    return tl.where(there, _exponential(s, most, EXACT) * inverse, 0.0)
+
+
+@triton.jit
+def _score(product, term, scale, TERM: tl.constexpr):
+    s = product * scale
+    if TERM == 1:
+        s += term
+    if TERM == 2:
+        s *= term
+    return s
+
+
+@triton.jit
+def _against_keys(
+    q, grad, most, inverse, here, high, low, K, Vv, Joints, kn, kd, vn, vd, begin, N, scale,
+    D: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr, BN: tl.constexpr,
+    TERM: tl.constexpr, DOT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A block of queries against the keys from ``begin`` on: keys, raw products, weights, their gradients, terms,
+    one-hot joints. Without a table the last two hold what nobody looks at."""
+    dim = tl.arange(0, DP)
+    column = begin + tl.arange(0, BN)
+    there = column < N
+    inside = there[:, None] & (dim < D)[None, :]
+    k = tl.load(K + column[:, None] * kn + dim[None, :] * kd, mask=inside, other=0.0).to(DOT)
+    v = tl.load(Vv + column[:, None] * vn + dim[None, :] * vd, mask=inside, other=0.0).to(DOT)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    term = s
+    other = k
+    if TERM > 0:
+        other = _onehot(tl.load(Joints + column, mask=there, other=-1), VP, DOT)
+        term = tl.dot(high, other, input_precision=PRECISION)
+        if not EXACT:
+            term = tl.dot(low, other, acc=term, input_precision=PRECISION)
+    p = _weights(_score(s, term, scale, TERM), most[:, None], inverse[:, None], here[:, None] & there[None, :], EXACT)
+    dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+    return k, s, p, dp, term, other
+
+
+@triton.jit
+def _backward_queries(
+    Q, K, Vv, Table, Joints, Out, Grad, Stat, Delta, Dq, Partial,
+    qb, qh, qn, qd, kb, kh, kn, kd, vb, vh, vn, vd, ob, oh, on, gb, gh, gn, gd, db, dh, dn, jb,
+    H, N, V, scale,
+    D: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    TERM: tl.constexpr, DOT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of ``BM`` queries, their part of the table's gradient, and ``Delta = sum_d grad * out`` for the keys."""
+    block, task = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    body, head = task // H, task % H
+    row = block * BM + tl.arange(0, BM)
+    dim = tl.arange(0, DP)
+    here, inner = row < N, dim < D
+    both = here[:, None] & inner[None, :]
+    K += body * kb + head * kh
+    Vv += body * vb + head * vh
+    q = tl.load(Q + body * qb + head * qh + row[:, None] * qn + dim[None, :] * qd, mask=both, other=0.0).to(DOT)
+    grad = tl.load(Grad + body * gb + head * gh + row[:, None] * gn + dim[None, :] * gd, mask=both, other=0.0)
+    most = tl.load(Stat + task * N + row, mask=here, other=0.0)
+    inverse = 1.0 / tl.load(Stat + (tl.num_programs(1) + task) * N + row, mask=here, other=1.0)
+    if TERM > 0:
+        Joints += body * jb
+        joint = tl.load(Joints + row, mask=here, other=-1)
+        high, low = _halves(_rows(Table + head * V * V, joint, V, VP), DOT)
+        dterm = tl.zeros([BM, VP], tl.float32)
+    else:
+        high, low = q, q
+    # In float32, where few weights carry a row, its result is too coarse, and so is a sum of weights that are not these
+    # very ones to the last bit: both come first, in a pass of their own.
+    delta = tl.zeros([BM], tl.float32)
+    if not EXACT:
+        out = tl.load(Out + body * ob + head * oh + row[:, None] * on + dim[None, :], mask=both, other=0.0)
+        delta += tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+    grad = grad.to(DOT)
+    dq = tl.zeros([BM, DP], tl.float32)
+    if EXACT:
+        total = tl.zeros([BM], tl.float32)
+        for begin in range(0, N, BN):
+            _, _, p, dp, _, _ = _against_keys(
+                q, grad, most, tl.full([BM], 1.0, tl.float32), here, high, low, K, Vv, Joints, kn, kd, vn, vd, begin, N,
+                scale, D, DP, VP, BN, TERM, DOT, EXACT, PRECISION,
+            )  # fmt: skip
+            delta += tl.sum(p * dp, 1)
+            total += tl.sum(p, 1)
+        inverse = tl.where(here, 1.0 / total, 0.0)
+        delta *= inverse
+    tl.store(Delta + task * N + row, delta, mask=here)
+    for begin in range(0, N, BN):
+        k, s, p, dp, term, other = _against_keys(
+            q, grad, most, inverse, here, high, low, K, Vv, Joints, kn, kd, vn, vd, begin, N, scale,
+            D, DP, VP, BN, TERM, DOT, EXACT, PRECISION,
+        )  # fmt: skip
+        ds = p * (dp - delta[:, None])
+        if TERM == 1:
+            dterm = tl.dot(ds.to(DOT), tl.trans(other), acc=dterm, input_precision=PRECISION)
+        if TERM == 2:
+            dterm = tl.dot((ds * s).to(DOT), tl.trans(other), acc=dterm, input_precision=PRECISION)
+            ds *= term
+        dq = tl.dot(ds.to(DOT), k, acc=dq, input_precision=PRECISION)
+    place = Dq + body * db + head * dh + row[:, None] * dn + dim[None, :]
+    tl.store(place, (dq * scale).to(Dq.dtype.element_ty), mask=both)
+    if TERM > 0:
+        if TERM == 2:
+            dterm *= scale
+        # Onto the joints of the queries: once a block, in full precision.
+        table = tl.dot(_onehot(joint, VP, tl.float32), dterm, input_precision="ieee")
+        at = tl.arange(0, VP)
+        part = Partial + (task * tl.num_programs(0) + block) * V * V
+        tl.store(part + at[:, None] * V + at[None, :], table, mask=(at[:, None] < V) & (at[None, :] < V))
+
+
+@triton.jit
+def _backward_keys(
+    Q, K, Vv, Table, Joints, Grad, Stat, Delta, Dk, Dv,
+    qb, qh, qn, qd, kb, kh, kn, kd, vb, vh, vn, vd, gb, gh, gn, gd, db, dh, dn, jb,
+    H, N, V, scale,
+    D: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    TERM: tl.constexpr, DOT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of ``BN`` keys and values; scores are computed with keys as rows."""
+    block, task = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    body, head = task // H, task % H
+    column = block * BN + tl.arange(0, BN)
+    dim = tl.arange(0, DP)
+    there, inner = column < N, dim < D
+    both = there[:, None] & inner[None, :]
+    Q += body * qb + head * qh
+    Grad += body * gb + head * gh
+    k = tl.load(K + body * kb + head * kh + column[:, None] * kn + dim[None, :] * kd, mask=both, other=0.0).to(DOT)
+    v = tl.load(Vv + body * vb + head * vh + column[:, None] * vn + dim[None, :] * vd, mask=both, other=0.0).to(DOT)
+    if TERM > 0:
+        Joints += body * jb
+        other = tl.trans(_onehot(tl.load(Joints + column, mask=there, other=-1), VP, DOT))
+    dk = tl.zeros([BN, DP], tl.float32)
+    dv = tl.zeros([BN, DP], tl.float32)
+    for begin in range(0, N, BM):
+        row = begin + tl.arange(0, BM)
+        here = row < N
+        inside = here[:, None] & inner[None, :]
+        q = tl.load(Q + row[:, None] * qn + dim[None, :] * qd, mask=inside, other=0.0).to(DOT)
+        grad = tl.load(Grad + row[:, None] * gn + dim[None, :] * gd, mask=inside, other=0.0).to(DOT)
+        most = tl.load(Stat + task * N + row, mask=here, other=0.0)
+        inverse = 1.0 / tl.load(Stat + (tl.num_programs(1) + task) * N + row, mask=here, other=1.0)
+        delta = tl.load(Delta + task * N + row, mask=here, other=0.0)
+        if EXACT:
+            # Large scores must come out as they did before, to the last bit.
+            s = tl.trans(tl.dot(q, tl.trans(k), input_precision=PRECISION))
+        else:
+            s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        term = s
+        if TERM > 0:
+            rows = _rows(Table + head * V * V, tl.load(Joints + row, mask=here, other=-1), V, VP)
+            high, low = _halves(tl.trans(rows), DOT)
+            term = tl.dot(other, high, input_precision=PRECISION)
+            if not EXACT:
+                term = tl.dot(other, low, acc=term, input_precision=PRECISION)
+        p = _weights(
+            _score(s, term, scale, TERM), most[None, :], inverse[None, :], there[:, None] & here[None, :], EXACT
+        )
+        dv = tl.dot(p.to(DOT), grad, acc=dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+        ds = p * (dp - delta[None, :])
+        if TERM == 2:
+            ds *= term
+        dk = tl.dot(ds.to(DOT), q, acc=dk, input_precision=PRECISION)
+    place = body * db + head * dh + column[:, None] * dn + dim[None, :]
+    tl.store(Dk + place, (dk * scale).to(Dk.dtype.element_ty), mask=both)
+    tl.store(Dv + place, dv.to(Dv.dtype.element_ty), mask=both)
+
+
+def _token_major(x: Tensor) -> Tensor:
+    bodies, heads, length, dim = x.shape
+    return x.new_empty(bodies, length, heads, dim).transpose(1, 2)
+
+
+def _constants(q: Tensor, table: Tensor | None, multiply: bool) -> dict:
+    joints = 1 if table is None else table.shape[1]
+    return {
+        "D": q.shape[3],
+        "DP": max(16, triton.next_power_of_2(q.shape[3])),
+        "VP": max(16, triton.next_power_of_2(joints)),
+        "TERM": 0 if table is None else 2 if multiply else 1,
+        "DOT": config.dot_dtype(q.dtype),
+        "EXACT": config.dot_dtype(q.dtype) == tl.float32,
+        "PRECISION": "ieee",
+    }
+
+
+def _term(q: Tensor, table: Tensor | None, joints: Tensor | None) -> tuple[Tensor, Tensor, int, int]:
+    """Table, joints, the joints' stride from body to body, and the number of joints, as the kernels take them."""
+    if table is None:
+        return q, q, 0, 1
+    joints = joints.to(torch.int32).contiguous()
+    return table.float().contiguous(), joints, joints.stride(0) if joints.dim() == 2 else 0, table.shape[1]
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, joints: Tensor | None, multiply: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Result ``[B,H,N,D]``, laid out token by token, and statistics ``[2,B,H,N]``: maxima and sums."""
+    bodies, heads, length, _ = q.shape
+    out = _token_major(q)
+    statistics = q.new_empty((2, bodies, heads, length), dtype=torch.float32)
+    if not out.numel():
+        return out, statistics
+    term, numbers, step, count = _term(q, table, joints)
+    rows, columns, warps, stages = config.choose(FORWARD, q, length)
+    _forward[(triton.cdiv(length, rows), bodies * heads)](
+        q, k, v, term, numbers, out, statistics,
+        *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3], step,
+        heads, length, count, scale,
+        **_constants(q, table, multiply), BM=rows, BN=columns, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out, statistics
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor | None,
+    joints: Tensor | None,
+    out: Tensor,
+    statistics: Tensor,
+    multiply: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of ``q``, ``k``, ``v`` (laid out token by token) and of the table (empty without one)."""
+    bodies, heads, length, _ = q.shape
+    dq, dk, dv = _token_major(q), _token_major(q), _token_major(q)
+    shape = (0,) if table is None else table.shape
+    if not q.numel():
+        return dq, dk, dv, q.new_zeros(shape, dtype=torch.float32)
+    term, numbers, step, count = _term(q, table, joints)
+    constants = _constants(q, table, multiply)
+    rows, columns, warps, stages = config.choose(QUERIES, q, length)
+    blocks = triton.cdiv(length, rows)
+    delta = torch.empty_like(statistics[0])
+    partial = q.new_empty((bodies, heads, blocks, *shape[1:]) if table is not None else (1,), dtype=torch.float32)
+    inputs = (*q.stride(), *k.stride(), *v.stride())
+    _backward_queries[(blocks, bodies * heads)](
+        q, k, v, term, numbers, out, grad, statistics, delta, dq, partial,
+        *inputs, *out.stride()[:3], *grad.stride(), *dq.stride()[:3], step,
+        heads, length, count, scale,
+        **constants, BM=rows, BN=columns, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    rows, columns, warps, stages = config.choose(KEYS, q, length)
+    _backward_keys[(triton.cdiv(length, columns), bodies * heads)](
+        q, k, v, term, numbers, grad, statistics, delta, dk, dv,
+        *inputs, *grad.stride(), *dk.stride()[:3], step,
+        heads, length, count, scale,
+        **constants, BM=rows, BN=columns, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return dq, dk, dv, q.new_empty(0, dtype=torch.float32) if table is None else partial.sum((0, 2))

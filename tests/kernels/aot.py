@@ -1,0 +1,102 @@
+"""Compile every launch of :mod:`launches` for one architecture, without a GPU, and print what came out as JSON.
+
+    python tests/kernels/aot.py sm_90
+
+A process of its own, as kernels imported for the interpreter cannot be compiled.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from launches import LAUNCHES
+
+from jmm_fast.kernels import config
+
+OPTIONS = ("num_warps", "num_stages")
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
+    torch.uint8: "u8",
+}
+
+
+def specialise(kernel: JITFunction, args: tuple, kwargs: dict):
+    """Types, constants and divisibility of a launch's arguments, as Triton derives them when it runs."""
+    held = dict(zip(kernel.arg_names, args, strict=False)) | {
+        name: value for name, value in kwargs.items() if name in kernel.arg_names
+    }
+    constants = {
+        name for name, parameter in zip(kernel.arg_names, kernel.params, strict=True) if parameter.is_constexpr
+    }
+    signature, constexprs, attributes = {}, {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        value = held[name]
+        if (
+            name in constants
+            or value is None
+            or (isinstance(value, int) and not isinstance(value, bool) and value == 1)
+        ):
+            signature[name], constexprs[(position,)] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i64" if abs(value) >= 2**31 else "i32"
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    return signature, constexprs, attributes
+
+
+def usage(cubin: bytes) -> dict:
+    """Registers, bytes of spills and shared memory of a compiled kernel."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    return {"registers": int(found[1]), "stack": int(found[2])}
+
+
+def main(architecture: str) -> None:
+    config.TARGET = architecture
+    target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+    results, seen, launched = [], {}, []
+
+    def record(kernel, *args, grid, warmup, **kwargs):
+        launched.append((kernel, args, kwargs))
+
+    JITFunction.run = record
+    for name, launch in LAUNCHES.items():
+        launched.clear()
+        launch()
+        for kernel, args, kwargs in launched:
+            signature, constexprs, attributes = specialise(kernel, args, kwargs)
+            options = {option: kwargs[option] for option in OPTIONS if option in kwargs}
+            key = repr((kernel.__name__, signature, constexprs, attributes, options))
+            if key not in seen:
+                source = ASTSource(kernel, signature, constexprs=constexprs, attrs=attributes)
+                compiled = triton.compile(source, target=target, options=options)
+                seen[key] = usage(compiled.asm["cubin"]) | {"shared": compiled.metadata.shared}
+            results.append({"launch": name, "kernel": kernel.__name__, **options, **seen[key]})
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

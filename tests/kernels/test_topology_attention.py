@@ -1,0 +1,179 @@
+"""The Triton kernels of topology attention against the formula in float64: on a GPU, or in Triton's interpreter."""
+
+import pytest
+import torch
+
+from jmm_fast import ops
+
+NAMES = ("out", "dq", "dk", "dv", "dtable")
+GPU = torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """Every tensor that torch leaves uninitialised is full of NaN: an element the kernel forgets is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def formula(q, k, v, table, joints, mode, scale):
+    scores = scale * torch.einsum("bhid,bhjd->bhij", q, k)
+    if table is not None:
+        joints = joints.expand(q.shape[0], -1)
+        term = torch.stack([table[:, joint][:, :, joint] for joint in joints])
+        scores = scores * term if mode == "scale" else scores + term
+    return torch.softmax(scores, -1) @ v
+
+
+def results(function, inputs, grad_out):
+    """Output and gradient of every input that is there."""
+    leaves = [x.detach().requires_grad_() if x is not None else None for x in inputs]
+    out = function(*leaves)
+    grads = torch.autograd.grad(out, [x for x in leaves if x is not None], grad_out)
+    return [out.detach(), *grads]
+
+
+def check(q, k, v, table, joints, mode="add", scale=None, grad_out=None, largest_score=0.0):
+    """At most twice the error of the same formula in the same dtype plus the rounding of the largest result; three
+    times for gradients, whose chain is twice as long.
+
+    The interpreter adds up a product in an order that depends on the block's shape, so there ``largest_score`` comes
+    out differently in its last bits in each kernel; a GPU adds up in one order.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    grad_out = torch.randn_like(q) if grad_out is None else grad_out
+    inputs = (q, k, v, table)
+
+    def attention(backend):
+        return lambda *x: ops.topology_attention(*x, joints, mode=mode, scale=scale, backend=backend)
+
+    ours, same = (results(attention(backend), inputs, grad_out) for backend in ("triton", "reference"))
+    doubles = [x.double() if x is not None else None for x in inputs]
+    exact = results(lambda *x: formula(*x, joints, mode, scale), doubles, grad_out.double())
+    for name, a, b, c in zip(NAMES, ours, same, exact, strict=False):
+        assert a.isfinite().all(), name
+        error, largest = (a.double() - c).abs().max().item(), c.abs().max().item()
+        bound = 2 * ((b.double() - c).abs().max().item() + torch.finfo(q.dtype).eps * largest)
+        if name != "out":
+            bound *= 1.5
+            bound += 0 if GPU else torch.finfo(torch.float32).eps * largest_score * largest
+        if q.shape[2] == 1 and name in ("dq", "dk", "dtable"):
+            # The only weight is 1 and its gradient the difference of equal sums: nothing but their rounding.
+            bound = 4 * torch.finfo(torch.float32).eps * (grad_out.abs().max() * v.abs().max()).item() * v.shape[3]
+        assert error <= bound, f"{name}: error {error:.3g}, bound {bound:.3g}"
+    return ours
+
+
+@pytest.fixture
+def problem(device):
+    def make(length, *, dim=32, bodies=1, heads=2, joints=25, own=False, mode="add", dtype=torch.float32):
+        torch.manual_seed(length)
+        q, k, v = (torch.randn(bodies, heads, length, dim, device=device).to(dtype) for _ in range(3))
+        if mode is None:
+            return q, k, v, None, None
+        table = torch.randn(heads, joints, joints, device=device) + (1 if mode == "scale" else 0)
+        shape = (bodies, length) if own else (length,)
+        numbers = torch.randint(0, joints, shape) if own else torch.arange(length) % joints
+        return q, k, v, table, numbers.to(device)
+
+    return make
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mode", ["add", "scale", None])
+@pytest.mark.parametrize("length", [1, 63, 74, 75, 127, 250, 750])
+def test_parity_over_lengths(problem, dtype, length, mode):
+    if not GPU and (length > 130 or (length == 127 and dtype != torch.float32)):
+        pytest.skip("the interpreter takes minutes: shorter lengths go through the same code")
+    bodies = 3 if GPU else 1
+    check(*problem(length, bodies=bodies, own=length in (1, 74, 127), mode=mode, dtype=dtype), mode=mode or "add")
+
+
+def test_a_whole_grid(problem):
+    check(*problem(750, heads=1, dim=16))
+
+
+@pytest.mark.parametrize("dim", [1, 3, 16, 20, 64, 128])
+def test_parity_over_head_widths(problem, dim):
+    check(*problem(37, dim=dim, heads=1, own=True))
+
+
+@pytest.mark.parametrize("joints", [1, 2, 17, 32, 33, 100])
+def test_any_number_of_joints(problem, joints):
+    check(*problem(40, dim=8, joints=joints, own=True, heads=1))
+    check(*problem(40, dim=8, joints=joints, own=True, heads=1, mode="scale"), mode="scale")
+
+
+def test_views(problem, device):
+    packed = torch.randn(2, 40, 3, 2, 32, device=device)
+    q, k, v = packed.permute(2, 0, 3, 1, 4)
+    _, _, _, table, joints = problem(40)
+    check(q, k, v, table, joints, grad_out=torch.randn(2, 1, 1, 32, device=device).expand_as(q))
+    check(q[:1].expand_as(q), k[:, :1].expand_as(k), v[..., :1].expand_as(v), table[:1].expand_as(table), joints)
+    check(q.transpose(2, 3).contiguous().transpose(2, 3), k.flip(2), v, table.transpose(1, 2), joints)
+
+
+def test_nothing_outside_the_inputs_is_read(problem, device):
+    ring = torch.full((3, 4, 44, 3, 20), float("nan"), device=device)
+    inner = ring[:1, 1:3, 1:42, :, 2:18]
+    inner.copy_(torch.randn(inner.shape, device=device))
+    _, _, _, table, joints = problem(41)
+    check(*inner.unbind(3), table, joints)
+
+
+def test_peaked_softmax(problem):
+    q, k, v, table, joints = problem(70, heads=1)
+    check(8 * q, 8 * k, v, table, joints, largest_score=(64 * q @ k.transpose(2, 3)).abs().max().item() / 32**0.5)
+    check(q, k, v, 40 * table, joints)
+    check(q, k, v, table - 200, joints)
+
+
+def test_repeatable_bit_for_bit(problem):
+    inputs = problem(70, bodies=2, own=True)
+    first, second = check(*inputs, grad_out=inputs[0]), check(*inputs, grad_out=inputs[0])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_without_tokens_or_bodies(device):
+    table, joints = torch.zeros(2, 5, 5, device=device, requires_grad=True), torch.zeros(0, dtype=torch.int64)
+    for shape in ((0, 2, 0, 8), (3, 2, 0, 8)):
+        x = torch.zeros(shape, device=device, requires_grad=True)
+        out = ops.topology_attention(x, x, x, table, joints.to(device), backend="triton")
+        assert out.shape == shape
+        out.sum().backward()
+        assert (table.grad == 0).all()
+
+
+def test_what_the_kernel_does_not_take(problem):
+    q, k, v, table, joints = problem(10)
+    for arguments, reason in (
+        ((q.double(), k.double(), v.double(), table, joints), r"it takes float32, bfloat16 or float16"),
+        ((q, k, v, table.double(), joints), r"it takes a float32 table of at most 128 joints"),
+        ((q.repeat(1, 1, 1, 5), k.repeat(1, 1, 1, 5), v.repeat(1, 1, 1, 5), None, None), r"a head width up to 128"),
+    ):
+        with pytest.raises(ValueError, match=r'topology_attention: backend "triton" cannot run: .*' + reason):
+            ops.topology_attention(*arguments, backend="triton")
+
+
+def test_opcheck(problem):
+    q, k, v, table, joints = problem(20, dim=16)
+    forward = torch.ops.jmm_fast.topology_attention_triton_forward
+    backward = torch.ops.jmm_fast.topology_attention_triton_backward
+    torch.library.opcheck(forward.default, (q, k, v, table, joints, False, 0.25))
+    out, statistics = forward(q, k, v, table, joints, False, 0.25)
+    torch.library.opcheck(backward.default, (out, q, k, v, table, joints, out, statistics, False, 0.25))
+
+
+def test_compile_fullgraph(problem):
+    q, k, v, table, joints = problem(20, dim=16)
+
+    def loss(q, table):
+        return ops.topology_attention(q, k, v, table, joints, backend="triton").square().sum()
+
+    leaves = [q.requires_grad_(), table.requires_grad_()]
+    eager = torch.autograd.grad(loss(*leaves), leaves)
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves), leaves)
+    for a, b in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
