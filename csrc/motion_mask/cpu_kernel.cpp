@@ -319,7 +319,7 @@ void select_exact(const Problem& p, const Buffers& b, const float* body, const b
   const double scale = largest * p.tau + 1e-10;
   for (int64_t i = 0; i < candidates; ++i) {
     const int32_t token = b.index[i];
-    const double z = known(p, valid, token) ? exact_score(p, body, token) / scale : 0.0;
+    const double z = (known(p, valid, token) ? exact_score(p, body, token) : 0.0) / scale;
     b.key[i] = z - __builtin_log(-__builtin_log(static_cast<double>(draws[token]) + 1e-10) + 1e-10);
   }
   // Insertion sort of no more than the wanted ones: stable, and the candidates are few unless keys are equal.
@@ -474,11 +474,11 @@ struct Cut {
   int64_t wanted;     ///< how many of them
 };
 
-/// Where the kept tokens end, when each ratio may be off by `slack` units in the last place either way. `seen` tokens,
-/// more than are kept, have ratios of at most `most`; the others have larger ones.
-Cut find_cut(const Buffers& b, int64_t tokens, int64_t seen, int64_t kept, int32_t least, int32_t most, int32_t slack) {
+/// Where the kept tokens end, when each ratio may be off by `slack` units in the last place either way. At least
+/// `kept` ratios lie in [least, most].
+Cut find_cut(const Buffers& b, int64_t tokens, int64_t kept, int32_t least, int32_t most, int32_t slack) {
   int32_t low = least, high = most + 1;
-  int64_t below_low = 0, below_high = seen;
+  int64_t below_low = 0, below_high = tokens;
   while (below_high - below_low > kFew && high - low > 1) {
     const int32_t middle = low + (high - low) / 2;
     const int64_t below = count_below(b.ratio, tokens, middle);
@@ -562,9 +562,8 @@ bool draw(const Problem& p, const Result& result, float* memory, int64_t body) {
   const float total = fill_ratios(b, p.tokens, largest, scale, least, most);
   int32_t* bits = reinterpret_cast<int32_t*>(b.ratio);
   constexpr int32_t lowest = -0x7fffffff - 1, highest = 0x7fffffff;
-  int64_t seen = p.tokens;
   if (valid != nullptr) {
-    seen = 0;
+    int64_t seen = 0;
     for (int64_t i = 0; i < p.tokens; ++i) seen += valid[i];
     for (int64_t i = 0; i < p.tokens; ++i) {
       bits[i] = (bits[i] & -static_cast<int32_t>(valid[i])) | ((static_cast<int32_t>(valid[i]) - 1) & highest);
@@ -593,7 +592,7 @@ bool draw(const Problem& p, const Result& result, float* memory, int64_t body) {
   Cut cut{0, 0, 0};
   // Two ratios are each off by this much, in units in the last place of which there are 2^23 to 2^24 in a factor of 2.
   const int32_t slack = finite ? static_cast<int32_t>(2 * ratio_error * 16777216.0f) + 4 : 0;
-  if (finite) cut = find_cut(b, p.tokens, seen, p.kept, least, most, slack);
+  if (finite) cut = find_cut(b, p.tokens, p.kept, least, most, slack);
   const bool trusted = finite && cut.bound > __builtin_bit_cast(int32_t, kSmallest);
   if (!trusted) {
     int64_t count = 0;

@@ -138,11 +138,12 @@ def by_hand_with_missing(clip, valid, uniform, kept, variant):
 
 @pytest.mark.parametrize("variant", ["released", "paper", "mamp"])
 @pytest.mark.parametrize("share", [0.9, 0.3, 0.05])
-def test_tokens_that_were_not_seen_come_last(variant, share):
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_tokens_that_were_not_seen_come_last(variant, share, backend):
     clips, valid, draws = bodies(4), torch.rand(4, 150) < share, torch.rand(4, 150)
     hidden = ~valid.view(4, 6, 25).repeat_interleave(4, 1)
     clips[hidden] = 0
-    drawn = ops.motion_mask(clips, variant=variant, uniform=draws, valid=valid)
+    drawn = ops.motion_mask(clips, variant=variant, uniform=draws, valid=valid, backend=backend)
     for body in range(4):
         expected = by_hand_with_missing(clips[body].numpy(), valid[body].tolist(), draws[body].numpy(), 14, variant)
         assert drawn.visible[body].tolist() == expected
@@ -152,10 +153,11 @@ def test_tokens_that_were_not_seen_come_last(variant, share):
     torch.testing.assert_close(drawn.probability.sum(1), torch.ones(4))
 
 
-def test_too_few_seen_tokens_are_filled_up_in_the_order_of_the_grid():
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_too_few_seen_tokens_are_filled_up_in_the_order_of_the_grid(backend):
     valid = torch.zeros(2, 150, dtype=torch.bool)
     valid[1, [3, 80, 149]] = True
-    drawn = ops.motion_mask(bodies(2), valid=valid)
+    drawn = ops.motion_mask(bodies(2), valid=valid, backend=backend)
     assert drawn.visible.tolist() == [list(range(14)), [*range(12), 80, 149]]
 
 

@@ -248,6 +248,12 @@ def test_bad_numbers_still_give_a_set(isa):
     clips[1, 50, 7, 1] = float("inf")
     ours, expected = (ops.motion_mask(clips, backend=name) for name in ("cpu", "reference"))
     assert torch.equal(ours.visible, expected.visible) and torch.equal(ours.restore, expected.restore)
+    valid = torch.rand(3, 750) < 0.5
+    ours, expected = (ops.motion_mask(clips, valid=valid, backend=name) for name in ("cpu", "reference"))
+    assert torch.equal(ours.visible, expected.visible) and torch.equal(ours.restore, expected.restore)
+    valid[:2, 12 * 25 + 7] = valid[:2, 11 * 25 + 7] = True
+    ours, expected = (ops.motion_mask(clips, valid=valid, backend=name) for name in ("cpu", "reference"))
+    assert torch.equal(ours.visible, expected.visible) and torch.equal(ours.restore, expected.restore)
     for uniform in (torch.full((3, 750), 1.0), torch.full((3, 750), -1.0), torch.full((3, 750), float("nan"))):
         drawn = ops.motion_mask(clips, uniform=uniform, backend="cpu")
         assert (drawn.mask.sum(1) == 676).all() and (drawn.visible.diff(dim=1) > 0).all()
