@@ -5,7 +5,8 @@
 
 Writes ``bench/results/prepare.json``: megabytes of text a second of the parser on one core and on all, the ratio to a
 straightforward Python reader of the same files, files a second of the whole command with 1 and 2 workers, and its peak
-memory. The files were just written, so reading them does not wait for the disk.
+memory; then an epoch of pretraining on the store and a linear probe, all from the command line. The files were just
+written, so reading them does not wait for the disk.
 """
 
 import argparse
@@ -179,6 +180,22 @@ def measure_prepare(folder: Path, workers: int, out: Path) -> dict:
     }
 
 
+def measure_training(folder: Path, work: Path) -> dict:
+    """The way from the files to an evaluation, each command a process of its own."""
+    store, training = str(work / "train.safetensors"), str(work / "run")
+    program = (sys.executable, "-m", "jmm_fast")
+    short = ("--epochs", "1", "--warmup-epochs", "0", "--dtype", "bfloat16", "--split", "xsub")
+    commands = {
+        "prepare": (*program, "prepare", "ntu60", str(folder), "--out", store),
+        "pretrain": (*program, "pretrain", "small", "--data", store, "--out", training, *short),
+        "probe": (*program, "probe", training, "--data", store, "--features", "cached"),
+    }
+    return {
+        name: {"seconds": round(took, 1), "peak_bytes": peak}
+        for name, (took, peak) in ((name, run(*command)) for name, command in commands.items())
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", type=int, default=5000, help="files to make")
@@ -201,6 +218,7 @@ def main() -> None:
             # What the program takes before it reads anything.
             "imports_peak_bytes": run(sys.executable, "-c", "import jmm_fast.data")[1],
         }
+        record["training"] = measure_training(tree, Path(work))
         if arguments.gigabytes:
             size = sum(path.stat().st_size for path in paths)
             large = Path(work, "large")

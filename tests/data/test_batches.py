@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from jmm_fast.data import BodyBatches, ClipStore
+from jmm_fast.data import BodyBatches, ClipStore, write_store
 from jmm_fast.errors import UserError
 from jmm_fast.ops import clip_window, motion_mask
 from jmm_fast.reference import philox
@@ -318,3 +318,15 @@ def test_gpu_batches_equal_cpu_batches(store):
             assert other.clips.is_cuda
             torch.testing.assert_close(one.clips, other.clips.cpu(), rtol=1e-5, atol=1e-6)
             assert torch.equal(one.clip_ids, other.clip_ids.cpu())
+
+
+def test_a_batch_costs_no_copy_beyond_itself(tmp_path, make_contents):
+    write_store(tmp_path / "clips", make_contents(sizes=[400] * 20, bodies=[1] * 20))
+    store = ClipStore.open(tmp_path / "clips")
+    batches = BodyBatches(store, torch.arange(20), batch_size=4, window=20, train=True)
+    batches.batch(torch.arange(4), 0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        batch = batches.batch(torch.arange(4, 8), 0)
+    taken = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
+    # Positions, labels and draws are some hundred bytes; the four clips alone would be 25 times the batch.
+    assert batch.clips.nbytes <= taken <= 1.2 * batch.clips.nbytes
