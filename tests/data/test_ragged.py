@@ -1,9 +1,12 @@
+import io
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
 
 from jmm_fast.data import ClipStore, prepare
+from jmm_fast.data.readers import npz
 from jmm_fast.data.readers.ragged import RaggedOptions, read
 from jmm_fast.errors import UserError
 
@@ -243,3 +246,30 @@ def test_real_sets(real_data, tmp_path, name, options, clips, classes, train):
         clip = int(np.flatnonzero(raw["source"] == store.names[100])[0])
         rows = raw["frames"][raw["offsets"][clip] : raw["offsets"][clip + 1]][:, raw["ntu25_index"]]
     np.testing.assert_allclose(store.clip(100)[0], rows - rows[0, 1], rtol=0, atol=1e-6)
+
+
+def npy(shape, dtype="<f4") -> bytes:
+    """A .npy file that announces an array and holds nothing of it."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
+def test_more_than_there_can_be(tmp_path, monkeypatch):
+    path = tmp_path / "raw.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("frames.npy", npy((10**12, 25, 3)))
+    with pytest.raises(UserError, match=r"raw\.npz: not a whole \.npz file: Unable to allocate"):
+        read(path)
+    real = zipfile.ZipFile.infolist
+
+    def announced(self):
+        members = real(self)
+        for member in members:
+            member.file_size = 300 << 30
+        return members
+
+    monkeypatch.setattr(zipfile.ZipFile, "infolist", announced)
+    for reader in (read, npz.read):
+        with pytest.raises(UserError, match=r"frames\.npy has \d+ bytes and would unpack to 322122547200"):
+            reader(path)

@@ -64,9 +64,27 @@ def reading(path: Path) -> Iterator[None]:
         raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError) as error:
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        OSError,
+        ValueError,
+        NotImplementedError,
+        MemoryError,  # of a header that announces more numbers than there can be
+    ) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a whole .npz file: {reason}") from error
+
+
+def refuse_bombs(where: str, archive: zipfile.ZipFile) -> None:
+    """UserError for an archive that would fill the memory with next to nothing: over 1 GB from less than its 200th."""
+    for member in archive.infolist():
+        if member.file_size > 1 << 30 and member.file_size > 200 * member.compress_size:
+            raise UserError(
+                f"{where}: {member.filename} has {member.compress_size} bytes and would unpack to {member.file_size}: "
+                "no recording is packed like that"
+            )
 
 
 def relabel(contents: StoreContents, where: str, columns: str) -> None:

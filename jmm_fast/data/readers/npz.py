@@ -51,6 +51,7 @@ def read(path: Path, options: NpzOptions | None = None, **fields: Any) -> StoreC
     cleaner = Cleaner(where=where, on_error=options.on_error)
     blocks, clip_rows, body_rows, labels, part_of, names = [], [], [], [], [], []
     with common.reading(path), zipfile.ZipFile(path) as archive:
+        common.refuse_bombs(where, archive)
         targets = {part: _labels(where, archive, f"y_{part}") for part in ("train", "test")}
         classes = {part: classes for part, (_, classes, _) in targets.items()}
         if any(targets[part][2] for part in targets):

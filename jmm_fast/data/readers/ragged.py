@@ -1,5 +1,6 @@
 """Reader of the ragged ``.npz`` exchange format: all clips' frames in one array, with offsets."""
 
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,9 @@ def read(path: Path, options: RaggedOptions | None = None, **fields: Any) -> Sto
     options = RaggedOptions(**fields) if options is None else options
     path = Path(path)
     with common.reading(path):
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as packed:
+                common.refuse_bombs(str(path), packed)
         archive = np.load(path, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise UserError(f"{path}: expected an .npz archive, got a single array")
