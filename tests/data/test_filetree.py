@@ -96,5 +96,5 @@ def test_a_file_that_is_gone(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"x")
     tree = FileTree(tmp_path, (".txt",))
     (tmp_path / "a.txt").unlink()
-    with pytest.raises(UserError, match="cannot be read: .*No such file"):
+    with pytest.raises(UserError, match=r"cannot be read: .*No such file"):
         tree.read(tree.files[0])
