@@ -113,7 +113,7 @@ def _prepare(args: list[str]) -> None:
         say=_say,
     )
     left_out = len(store.provenance.get("log", store.provenance.get("dropped", ())))
-    note = f", {left_out} notes on what was left out" if left_out else ""
+    note = f", {left_out} {'note' if left_out == 1 else 'notes'} on what was left out" if left_out else ""
     print(f"{store.num_clips} clips written to {given.out}{note}; 'jmm-fast inspect {given.out}' shows them")
 
 
