@@ -24,8 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
+from jmm_fast.data.ntu_text import parse_ntu, parse_ntu_python
 from jmm_fast.data.readers import synthetic
-from jmm_fast.data.readers.ntu_text import parse_ntu, parse_ntu_python
 from jmm_fast.data.store import ClipStore
 from jmm_fast.train.environment import commit, cpu_name, versions
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from jmm_fast.cli import main
-from jmm_fast.data import ClipStore, collect, prepare
-from jmm_fast.data.readers import ntu, ntu_text
+from jmm_fast.data import ClipStore, collect, ntu_text, prepare
+from jmm_fast.data.readers import ntu
 from jmm_fast.data.readers.ntu import CLASS_NAMES, NtuOptions
 from jmm_fast.data.splits import ColumnTable, matching
 from jmm_fast.errors import UserError

@@ -12,8 +12,8 @@ import numpy as np
 from jmm_fast import skeleton
 from jmm_fast.data.collect import FileLog, RawClip
 from jmm_fast.data.filetree import FileTree, SourceFile
+from jmm_fast.data.ntu_text import NtuText, parse_ntu
 from jmm_fast.data.readers import common
-from jmm_fast.data.readers.ntu_text import NtuText, parse_ntu
 from jmm_fast.data.splits import matching
 from jmm_fast.data.store import StoreContents
 from jmm_fast.errors import UserError
