@@ -185,7 +185,7 @@ BAD_ACTIONS = [
     ("1,5,5,1", "the action ends at frame 5, expected an end after its start 5"),
     ("1,7,5,1", "the action ends at frame 5, expected an end after its start 7"),
     ("1,-1,5,1", "the action lies at frames -1 to 5, outside the 9 frames of its video"),
-    ("1,3,10,1", "the action lies at frames 3 to 10, outside the 9 frames of its video"),
+    ("1,9,12,1", "the action lies at frames 9 to 12, outside the 9 frames of its video"),
     ("1,3", "expected class,start,end,confidence in whole numbers, got '1,3'"),
     ("1,3,x,1", "expected class,start,end,confidence in whole numbers, got '1,3,x,1'"),
     ("", "expected class,start,end,confidence in whole numbers, got ''"),
@@ -202,6 +202,14 @@ def test_a_bad_action_stops_or_is_left_out_alone(make, run, line, reason):
     assert [(entry["clip"], entry["reason"]) for entry in store.provenance["log"]] == [("0002-L/2", reason)]
     # What was dropped is not forgotten when it should stop again.
     assert reason in refused(run, raw)
+
+
+def test_an_action_that_goes_on_after_the_video_is_cut(make, run):
+    raw = make({"0002-L": video(9)}, {"0002-L": "1,0,5,1\n2,4,12,1"})
+    store, _ = run(raw)
+    assert store.names == ["0002-L/1", "0002-L/2"] and store.lengths.tolist() == [5, 5]
+    reason = "the action ends at frame 12, after the video's 9: it was cut there"
+    assert [(entry["clip"], entry["reason"]) for entry in store.provenance["log"]] == [("0002-L/2", reason)]
 
 
 def test_a_clip_with_nan_or_one_frame_is_left_out_alone(make, run):

@@ -191,6 +191,10 @@ class PkuSource:
                     raise UserError(f"{label_file.name}, line {line}: {error}") from None
                 log.add(f"{label_file.name}, line {line}: {error}", clip=name)
                 continue
+            if end > len(video):
+                # As the field's preparation does, whose slices stop where the video does.
+                log.add(f"the action ends at frame {end}, after the video's {len(video)}: it was cut there", clip=name)
+                end = len(video)
             if self._options.max_frames:
                 end = min(end, begin + self._options.max_frames)
             frames = video[begin:end].transpose(1, 0, 2, 3).copy()
@@ -277,6 +281,6 @@ def _action(text: str, frames: int) -> tuple[int, int, int]:
         raise UserError(f"class {label} is outside 1..{len(CLASS_NAMES)}")
     if end <= begin:
         raise UserError(f"the action ends at frame {end}, expected an end after its start {begin}")
-    if begin < 0 or end > frames:
+    if not 0 <= begin < frames:
         raise UserError(f"the action lies at frames {begin} to {end}, outside the {frames} frames of its video")
     return label - 1, begin, end
