@@ -24,6 +24,7 @@ class PlayedClip:
         poses: float32 ``[bodies, T, V, 3]``, metres, y up.
         skeleton: joint names and bones.
         seconds: length of the recording, however many frames ``T`` it is shown in.
+        seen: bool ``[bodies, T, V]``, False where a joint is missing and not to be drawn; None: all are there.
     """
 
     index: int
@@ -32,6 +33,7 @@ class PlayedClip:
     poses: np.ndarray
     skeleton: Skeleton
     seconds: float
+    seen: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,13 +53,19 @@ class MaskedClip(PlayedClip):
 
 def played_clip(store: ClipStore, clip: int) -> PlayedClip:
     """Clip ``clip`` of ``store`` frame by frame as it is stored."""
+    poses = store.clip(clip).numpy()
+    seen = None
+    if store.confidence is not None:
+        rows = store.confidence[store.offsets[clip] : store.offsets[clip + 1]]
+        seen = (rows > 0).reshape(poses.shape[:3]).numpy()
     return PlayedClip(
         index=clip,
         name=store.names[clip],
         class_name=store.class_names[int(store.labels[clip])],
-        poses=np.nan_to_num(store.clip(clip).numpy()),  # a set that is looked at may hold what training refuses
+        poses=np.nan_to_num(poses),  # a set that is looked at may hold what training refuses
         skeleton=store.skeleton,
         seconds=int(store.lengths[clip]) / store.fps,
+        seen=seen,
     )
 
 
@@ -123,6 +131,7 @@ def masked_clip_of_run(run: str | Path, store: ClipStore, clip: int, *, epoch: i
         t_patch=t_patch,
         skeleton=store.skeleton,
         seconds=int(store.lengths[clip]) / store.fps,
+        seen=None if joint.seen is None else joint.seen[present].numpy(),
     )
 
 

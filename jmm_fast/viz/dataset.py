@@ -165,23 +165,29 @@ def contact_sheet(store: ClipStore, classes: int = 12, frames: int = 9):
         for label in range(store.num_classes)
         if (store.labels == label).any()
     ][:classes]
-    poses = {clip: store.clip(clip).numpy() for _, clip in chosen}
+    played = {clip: played_clip(store, clip) for _, clip in chosen}
+    poses = {clip: item.poses for clip, item in played.items()}
     shown = {clip: np.linspace(0, body.shape[1] - 1, frames).round().astype(int) for clip, body in poses.items()}
     # From the camera, whose x axis points to its left, about the first body's root.
     planes = {
-        clip: np.nan_to_num((body - body[:1, :, layout.root : layout.root + 1])[:, shown[clip], :, :2] * (-1, 1))
+        clip: (body - body[:1, :, layout.root : layout.root + 1])[:, shown[clip], :, :2] * (-1, 1)
         for clip, body in poses.items()
     }
-    reach = max(float(np.abs(plane[0]).max()) for plane in planes.values()) or 1.0
+    there = {
+        clip: np.ones(planes[clip].shape[:3], bool) if item.seen is None else item.seen[:, shown[clip]]
+        for clip, item in played.items()
+    }
+    reach = max(float(np.abs(planes[clip][0][seen[0]]).max(initial=0)) for clip, seen in there.items()) or 1.0
     # One drawing area for all: a hundred small ones take matplotlib half a minute.
     figure = style.new_figure(1.1 * frames, 1.4 * len(chosen))
     axes = figure.add_axes((0, 0, 1, 1))
     for row, (label, clip) in enumerate(chosen):
         for number, body in enumerate(planes[clip]):
-            present = poses[clip][number, shown[clip]].any((1, 2))
+            appears = poses[clip][number, shown[clip]].any((1, 2))
+            present = (there[clip][number] & appears[:, None])[:, bones].all(-1)
             place = np.stack([np.arange(frames) * 2 * reach, np.full(frames, -row * 2.5 * reach)], axis=1)
-            lines = (body[:, bones] + place[:, None, None])[present].reshape(-1, 2, 2)
-            colours = [colour.get(child, "#1b1f24") for child, _ in layout.bones] * int(present.sum())
+            lines = (body[:, bones] + place[:, None, None])[present]
+            colours = [colour.get(layout.bones[bone][0], "#1b1f24") for bone in np.nonzero(present)[1]]
             axes.add_collection(LineCollection(lines, colors=colours, linewidths=1.2, alpha=0.5 if number else 1))
         axes.text(-reach, (1.15 - row * 2.5) * reach, f"{store.class_names[label]} ({store.names[clip]})", fontsize=7)
     axes.set_xlim(-1.1 * reach, (2 * frames - 1) * reach)

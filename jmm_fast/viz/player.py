@@ -30,6 +30,9 @@ def _clip(clip: PlayedClip) -> dict:
     frames, joints = clip.poses.shape[1:3]
     unit = max(float(np.abs(clip.poses).max()), 1e-6) / 32767
     bodies = [{"poses": _base64(np.round(poses / unit).astype("<i2"))} for poses in clip.poses]
+    if clip.seen is not None:
+        for body, seen in zip(bodies, clip.seen, strict=True):
+            body["seen"] = _base64(seen.astype(np.uint8))
     mask = {}
     if isinstance(clip, MaskedClip):
         weight = clip.probability * clip.probability.shape[1]
@@ -104,6 +107,7 @@ SCRIPT = (
   const clips = JSON.parse(document.getElementById("player-data").textContent);
   for (const clip of clips) for (const body of clip.bodies) {
     body.poses = new Int16Array(bytes(body.poses).buffer);
+    if (body.seen) body.seen = bytes(body.seen);
     if (clip.patch) { body.weight = bytes(body.weight); body.hidden = bytes(body.hidden); }
   }
   const root = document.getElementById("player");
@@ -131,6 +135,7 @@ SCRIPT = (
     slider.max = clip.frames - 1;
     const span = [[1e9, -1e9], [1e9, -1e9], [1e9, -1e9]];
     for (const body of clip.bodies) body.poses.forEach((p, i) => {
+      if (body.seen && !body.seen[Math.floor(i / 3)]) return;
       const s = span[i % 3]; s[0] = Math.min(s[0], p * clip.unit); s[1] = Math.max(s[1], p * clip.unit);
     });
     centre = span.map(s => (s[0] + s[1]) / 2); low = span[1][0];
@@ -171,10 +176,12 @@ SCRIPT = (
       for (let v = 0; v < clip.joints; v++) {
         const o = (frame * clip.joints + v) * 3, p = body.poses;
         at.push(see(p[o] * clip.unit, p[o + 1] * clip.unit, p[o + 2] * clip.unit));
+        if (body.seen && !body.seen[frame * clip.joints + v]) { at[v] = null; continue; }
         things.push([at[v][2] + .06, "joint", at[v], body, v]);
         places.push([at[v][0], at[v][1], which, v]);
       }
-      for (const [a, b] of clip.bones) things.push([(at[a][2] + at[b][2]) / 2, "bone", at[a], at[b]]);
+      for (const [a, b] of clip.bones) if (at[a] && at[b])
+        things.push([(at[a][2] + at[b][2]) / 2, "bone", at[a], at[b]]);
     });
     things.sort((a, b) => a[0] - b[0]);
     for (const thing of things) {

@@ -220,19 +220,22 @@ def _evaluation(run: Path, evaluations: Sequence[dict], environment: dict) -> st
             str(record.get("split") or ""),
             float(record.get("labels") or 1.0),
             int(record.get("augment_views") or 0),
+            str(record.get("modality") or "joint"),
         )
         groups.setdefault(key, []).append(record)
     order = [*_PROTOCOLS]
     rows = []
-    for protocol, split, labels, views in sorted(
-        groups, key=lambda key: (order.index(key[0]) if key[0] in order else len(order), *key[:2], -key[2], key[3])
+    for protocol, split, labels, views, modality in sorted(
+        groups, key=lambda key: (order.index(key[0]) if key[0] in order else len(order), *key[:2], -key[2], *key[3:])
     ):
-        group = groups[protocol, split, labels, views]
+        group = groups[protocol, split, labels, views, modality]
         name = escape(_PROTOCOLS.get(protocol, protocol))
         if labels != 1.0:
             name += f", {100 * labels:g} % of the labels"
         if views:
             name += f", {views} random view{'s' * (views > 1)} of each training clip"
+        if modality != "joint":
+            name += f", {modality.replace('_', ' ')}"
         cells = []
         values = {encoder: [record for record in group if _encoder(record) == encoder] for encoder in encoders}
         means = [statistics.fmean(float(item["top1"]) for item in items) for items in values.values() if items]
@@ -308,12 +311,13 @@ def _score_cell(records: Sequence[dict], best: float | None) -> str:
 
 
 def _latest(evaluations: Iterable[dict]) -> list[dict]:
-    """The last record of each protocol, encoder, split, share of labels and seed: an evaluation run again replaces."""
+    """The last record of each protocol, encoder, split, share of labels, seed and modality: what is run again replaces
+    what was there."""
     latest: dict[tuple, dict] = {}
     for record in evaluations:
         if isinstance(record.get("top1"), int | float):
             names = ("protocol", "encoder", "split", "labels", "seed", "k", "augment_views")
-            key = tuple(str(record.get(name)) for name in names)
+            key = (*(str(record.get(name)) for name in names), record.get("modality") or "joint")
             latest.pop(key, None)
             latest[key] = record
     return list(latest.values())

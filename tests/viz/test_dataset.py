@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jmm_fast.cli import main
-from jmm_fast.data import ClipStore, write_store
+from jmm_fast.data import ClipStore, StoreContents, write_store
 from jmm_fast.errors import UserError
 
 pytest.importorskip("matplotlib")
@@ -29,6 +29,32 @@ def path(tmp_path):
     return tmp_path / "clips"
 
 
+@pytest.fixture
+def make_store(path):
+    """``make_store(missing)``: the clips, without the joint of that name."""
+    store = ClipStore.open(path)
+
+    def make(missing=None):
+        frames = store.frames.numpy().copy()
+        confidence = np.ones(frames.shape[:2], np.float16)
+        if missing is not None:
+            joint = store.skeleton.joint_names.index(missing)
+            frames[:, joint], confidence[:, joint] = 0, 0
+        return ClipStore.from_contents(
+            StoreContents(
+                frames=frames,
+                confidence=confidence,
+                offsets=store.offsets.numpy(),
+                body_offsets=store.body_offsets.numpy(),
+                labels=store.labels.numpy(),
+                class_names=store.class_names,
+                skeleton=store.skeleton,
+            )
+        )
+
+    return make
+
+
 def test_page_holds_everything(path, tmp_path):
     page = write_dataset_page(path, tmp_path / "page.html").read_text(encoding="utf-8")
     store = ClipStore.open(path)
@@ -42,6 +68,7 @@ def test_page_holds_everything(path, tmp_path):
     clips = json.loads(re.search(r'id="player-data">(.*?)</script>', page, re.DOTALL)[1])
     assert 2 <= len(clips) <= 12 and all("patch" not in clip for clip in clips)
     assert {clip["joints"] for clip in clips} == {25}
+    assert all("seen" in body for clip in clips for body in clip["bodies"])
 
 
 def test_picture(path, tmp_path):
@@ -51,6 +78,18 @@ def test_picture(path, tmp_path):
     pixels = imread(tmp_path / "sheet.png")[..., :3]
     assert pixels.shape[0] > 100 and (pixels < 0.5).any(-1).mean() > 0.001
     assert (tmp_path / "log").read_text().splitlines() == ["x<y>.txt: empty"] * 60
+
+
+def test_missing_joints_are_not_drawn(tmp_path, make_store):
+    from matplotlib.collections import LineCollection
+
+    def bones(store):
+        axes = contact_sheet(store, frames=4).axes[0]
+        return [len(item.get_segments()) for item in axes.collections if isinstance(item, LineCollection)]
+
+    whole, lacking = bones(make_store()), bones(make_store(missing="left_elbow"))
+    # The elbow ends two bones, in each of four frames.
+    assert [a - b for a, b in zip(whole, lacking, strict=True)] == [8] * len(whole)
 
 
 def test_a_set_with_bad_numbers_can_be_looked_at(tmp_path, path):
