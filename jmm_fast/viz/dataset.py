@@ -86,7 +86,7 @@ def _bars(names, values, unit: str):
     names = [style.short_label(name) for name in names]
     room = 0.3 + max(map(len, names)) * 8 * 0.56 / 72
     height = 0.19 * len(names)
-    figure = style.new_figure(room + 4.2, height + 0.6)
+    figure = style.new_figure(max(room + 4.2, 6.6), height + 0.6)
     axes = style.inches(figure, room, 0.5, 3.4, height)
     rows = np.arange(len(names))
     axes.barh(rows, values, height=0.66, color=style.BLUE, linewidth=0)
