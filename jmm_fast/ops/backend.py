@@ -25,7 +25,7 @@ _NATIVE = {
 }
 """Ops that the C++ extension implements for CPU tensors, each with a schema that only the extension can serve."""
 
-_TRITON = ("topology_attention",)
+_TRITON = ("clip_window", "motion_loss", "token_grid", "topology_attention")
 """Ops that have a Triton kernel, in the module of ``jmm_fast.kernels`` of the same name."""
 
 _found: dict[tuple[str, str], str | None] = {}
