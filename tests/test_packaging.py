@@ -60,7 +60,7 @@ def test_wheel_without_native_code(source, tmp_path):
     assert others == {"jmm_fast/_build.json"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
-    for name in ("_C", "_host"):
+    for name in ("_C", "_host", "_cuda"):
         assert record["targets"][name]["built"] is False
         assert record["targets"][name]["reason"] == "left out because JMM_FAST_SKIP_NATIVE is set"
     assert "jmm-fast = jmm_fast.cli:main" in scripts

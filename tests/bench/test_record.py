@@ -50,6 +50,7 @@ def test_the_record_holds_what_a_reader_needs(tiny):
         "quick": True,
         "threads": torch.get_num_threads(),
         "pages": pages(),
+        "device": None,
     }
     assert record["versions"]["torch"] == torch.__version__
     for moment in ("before", "after"):
@@ -192,6 +193,7 @@ def test_the_command_prints_the_table_and_writes_the_record(tiny, capsys, tmp_pa
         "quick": True,
         "threads": 1,
         "pages": "default",
+        "device": None,
     }
     captured = capsys.readouterr()
     assert "token_grid" in captured.out and "reference" in captured.out and "limits before and after" in captured.out
