@@ -72,7 +72,7 @@ __device__ double reduce(double value, double* partial, Combine combine) {
   return value;
 }
 
-/// Sum over the threads before this one.
+/// Sum over the threads before this one. All have met at a barrier since `partial` was last read.
 __device__ inline int sum_before(int value, double* partial) {
   const int lane = static_cast<int>(threadIdx.x % 32), own_warp = static_cast<int>(threadIdx.x / 32);
   int sum = value;
@@ -81,7 +81,6 @@ __device__ inline int sum_before(int value, double* partial) {
     if (lane >= distance) sum += other;
   }
   int* sums = reinterpret_cast<int*>(partial);
-  __syncthreads();
   if (lane == 31) sums[own_warp] = sum;
   __syncthreads();
   int before = sum - value;

@@ -1,7 +1,8 @@
 #pragma once
 
-// What device code asks of CUDA, on the CPU: the threads of a block are fibers that run one after the other from each
-// barrier to the next, in an order that the test chooses. Whoever depends on that order has a race.
+// What device code asks of CUDA, on the CPU: threads are fibers, in an order that the test chooses. A warp runs from
+// shuffle to shuffle until all of it waits for the block; then the next warp runs. Whoever depends on the order has a
+// race.
 
 #include <ucontext.h>
 
@@ -13,14 +14,17 @@
 
 namespace host {
 
+/// What a thread waits for.
+enum Barrier : int { kEnd, kBlock, kShuffle };
+
 constexpr int kMostThreads = 1024, kStack = 64 << 10;
 
 struct Block {
-  int threads = 0, running = 0;
+  int running = 0;
   ucontext_t scheduler;
   std::vector<ucontext_t> fibers = std::vector<ucontext_t>(kMostThreads);
   std::vector<char> stacks = std::vector<char>(static_cast<size_t>(kMostThreads) * kStack);
-  std::vector<int> waiting = std::vector<int>(kMostThreads);  ///< at which kind of barrier; 0: has ended
+  std::vector<int> waiting = std::vector<int>(kMostThreads);  ///< a Barrier
   std::vector<int> turn = std::vector<int>(kMostThreads);     ///< shuffles so far
   uint64_t slots[2][kMostThreads];                            ///< of the shuffles, two sets in turn
 };
@@ -36,7 +40,7 @@ inline void wait(int kind) {
 
 inline void fiber() {
   work(argument);
-  block.waiting[block.running] = 0;
+  block.waiting[block.running] = kEnd;
 }
 
 template <typename T>
@@ -44,7 +48,7 @@ T exchange(T value, int from) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
   uint64_t* slots = block.slots[block.turn[block.running]++ % 2];
   std::memcpy(&slots[block.running], &value, sizeof(T));
-  wait(2);
+  wait(kShuffle);
   std::memcpy(&value, &slots[from], sizeof(T));
   return value;
 }
@@ -57,7 +61,7 @@ struct ThreadIndex {
   } x;
 } inline constexpr threadIdx{};
 
-inline void __syncthreads() { host::wait(1); }
+inline void __syncthreads() { host::wait(host::kBlock); }
 
 // A shuffle of all lanes; blocks of whole warps only.
 template <typename T>
@@ -94,8 +98,25 @@ namespace host {
   swapcontext(&block.scheduler, &block.fibers[thread]);
 }
 
-/// Runs `body` as a block of `threads`: upwards (order 0), downwards (1) or mixed up (odd numbers from 3 on). Returns
-/// whether all threads met at the same barriers.
+/// The `i`-th of `count` in an order: upwards (0), downwards (1) or mixed up (odd numbers from 3 on, which permute a
+/// power of two).
+inline int pick(int i, int count, int order) { return order == 0 ? i : order == 1 ? count - 1 - i : i * order % count; }
+
+/// Runs a warp up to the next barrier of its block. Returns that barrier, or -1 if its threads parted.
+inline int run_warp(int warp, int order) {
+  int kind = kShuffle;
+  while (kind == kShuffle) {
+    for (int i = 0; i < 32; ++i) resume(32 * warp + pick(i, 32, order));
+    kind = block.waiting[32 * warp];
+    for (int i = 1; i < 32; ++i) {
+      if (block.waiting[32 * warp + i] != kind) return -1;
+    }
+  }
+  return kind;
+}
+
+/// Runs `body` as a block of `threads`, warps and threads in the given order. Returns whether all met at the same
+/// barriers.
 template <typename Body>
 bool run_block(int threads, int order, Body& body) {
   work = [](void* it) { (*static_cast<Body*>(it))(); };
@@ -108,15 +129,14 @@ bool run_block(int threads, int order, Body& body) {
     block.turn[i] = 0;
     makecontext(&block.fibers[i], fiber, 0);
   }
-  do {
-    for (int i = 0; i < threads; ++i) {
-      // An odd factor permutes a power of two.
-      resume(order == 0 ? i : order == 1 ? threads - 1 - i : i * order % threads);
+  for (int kind = kBlock; kind != kEnd;) {
+    const int warps = threads / 32;
+    for (int i = 0; i < warps; ++i) {
+      const int met = run_warp(pick(i, warps, order), order);
+      if (met < 0 || (i > 0 && met != kind)) return false;
+      kind = met;
     }
-    for (int i = 1; i < threads; ++i) {
-      if (block.waiting[i] != block.waiting[0]) return false;
-    }
-  } while (block.waiting[0] != 0);
+  }
   return true;
 }
 
