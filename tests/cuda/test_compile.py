@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc not f
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize("source", SOURCES, ids=[f"{path.parent.name}/{path.name}" for path in SOURCES])
 def test_kernels_compile_without_spills(tmp_path, source, architecture):
-    options = ["-cubin", "-std=c++20", f"-arch={architecture}", "-Xptxas", "-v", "-Werror", "all-warnings"]
+    options = ["-cubin", "-std=c++17", f"-arch={architecture}", "-Xptxas", "-v", "-Werror", "all-warnings"]
     command = ["nvcc", *options, "-I", ROOT / "csrc", source, "-o", tmp_path / "kernels.cubin"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
