@@ -202,18 +202,9 @@ def main() -> None:
         found = tune(entry, architecture, cuda_milliseconds)
         shipped = next(item["ms"] for item in found if item["shipped"])
         best = found[0]
-        print(
-            f"{entry.kernel}.{entry.table} {entry.key}: {tuple(best['sizes'])} {best['ms']:.3f} ms, shipped {shipped:.3f}"
-        )
-        record["entries"].append(
-            {
-                "kernel": entry.kernel,
-                "table": entry.table,
-                "key": list(entry.key),
-                "best": found[:10],
-                "tried": len(found),
-            }
-        )
+        name = f"{entry.kernel}.{entry.table}"
+        print(f"{name} {entry.key}: {tuple(best['sizes'])} {best['ms']:.3f} ms, shipped {shipped:.3f}")
+        record["entries"].append({"table": name, "key": list(entry.key), "tried": len(found), "best": found[:10]})
     path = arguments.results / f"tune_{architecture}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"written to {path}")
