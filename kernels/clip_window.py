@@ -11,7 +11,7 @@ from torch import Tensor
 from jmm_fast.kernels import config
 
 # (bytes an element, 3) at most -> frames, joints, warps.
-_CUT = {(4, 3): (32, 32, 4)}
+_CUT = {(4, 3): (16, 32, 4)}
 CUT = dict.fromkeys(config.ARCHITECTURES.values(), _CUT)
 """Not yet measured on a GPU."""
 
