@@ -71,6 +71,7 @@ def _cut(
     tl.store(at + 2, z.to(Out.dtype.element_ty), mask=here)
 
 
+@config.on_device
 def forward(frames: Tensor, start: Tensor, length: Tensor, angles: Tensor | None, window: int) -> Tensor:
     """``[B,window,V,3]``: see ``jmm_fast.ops.clip_window``."""
     bodies, joints = len(start), frames.shape[1]

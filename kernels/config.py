@@ -2,10 +2,15 @@
 
 import functools
 import os
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 import triton.language as tl
 from torch import Tensor
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 ARCHITECTURES = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100"}
 """Compute capabilities with sizes of their own; another one takes those of the newest that is not newer."""
@@ -36,6 +41,17 @@ def dot_dtype(dtype: torch.dtype) -> tl.dtype:
     if interpreted():
         return tl.float32
     return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
+
+
+def on_device(launch: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A launcher that runs on the GPU of its first argument, whichever is the current one."""
+
+    @functools.wraps(launch)
+    def guarded(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with torch.cuda.device_of(args[0]):
+            return launch(*args, **kwargs)
+
+    return guarded
 
 
 def choose(table: dict[str, dict[tuple[int, ...], tuple]], x: Tensor, *sizes: int) -> tuple:

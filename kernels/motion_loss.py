@@ -93,6 +93,7 @@ def _scale(Errors, Factor, Grad, Out, count, BLOCK: tl.constexpr):
     tl.store(Out + place, out.to(Out.dtype.element_ty), mask=place < count)
 
 
+@config.on_device
 def forward(
     prediction: Tensor,
     clips: Tensor,
@@ -133,6 +134,7 @@ def forward(
     return loss, errors, factor
 
 
+@config.on_device
 def backward(grad: Tensor, errors: Tensor, factor: Tensor) -> Tensor:
     """Gradient of the prediction, dense."""
     out = torch.empty_like(errors)

@@ -170,6 +170,7 @@ def _tile(x: Tensor, numbers: int) -> tuple[int, dict]:
     return max(1, size // padded), {"NP": padded, "num_warps": warps, "enable_fp_fusion": False}
 
 
+@config.on_device
 def gather_forward(clips: Tensor, visible: Tensor, t_patch: int) -> Tensor:
     """``[B,K,u*C]``: see ``jmm_fast.ops.token_grid_gather``."""
     bodies, frames, joints, channels = clips.shape
@@ -185,6 +186,7 @@ def gather_forward(clips: Tensor, visible: Tensor, t_patch: int) -> Tensor:
     return out
 
 
+@config.on_device
 def gather_backward(grad: Tensor, visible: Tensor, t_patch: int, frames: int, joints: int, channels: int) -> Tensor:
     """Gradient of clips ``[B,T,V,C]``."""
     out = grad.new_empty(grad.shape[0], frames, joints, channels)
@@ -199,6 +201,7 @@ def gather_backward(grad: Tensor, visible: Tensor, t_patch: int, frames: int, jo
     return out
 
 
+@config.on_device
 def scatter_forward(tokens: Tensor, restore: Tensor, mask_token: Tensor, joint: Tensor, time: Tensor) -> Tensor:
     """``[B,L,d]``: see ``jmm_fast.ops.token_grid_scatter``."""
     bodies, kept, width = tokens.shape
@@ -216,6 +219,7 @@ def scatter_forward(tokens: Tensor, restore: Tensor, mask_token: Tensor, joint: 
     return out
 
 
+@config.on_device
 def scatter_backward(
     grad: Tensor, restore: Tensor, kept: int, joints: int, steps: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

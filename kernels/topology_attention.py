@@ -46,6 +46,7 @@ _KEYS = {
 }
 _ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 FORWARD, QUERIES, KEYS = (dict.fromkeys(_ARCHITECTURES, table) for table in (_FORWARD, _QUERIES, _KEYS))
+KEYS["sm_80"] = _KEYS | {(2, 64, ANY): (64, 32, 4, 2)}
 """Sizes that compile without spills on each architecture; not yet measured on a GPU."""
 
 
@@ -82,12 +83,13 @@ def _exponential(s, most, EXACT: tl.constexpr):
 def _forward(
     Q, K, Vv, Table, Joints, Out, Stat,
     qb, qh, qn, qd, kb, kh, kn, kd, vb, vh, vn, vd, ob, oh, on, jb,
-    H, N, V, scale,
+    H, N, V, scale, blocks, tasks,
     D: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     TERM: tl.constexpr, DOT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of ``BM`` queries of one body and head. TERM: 0 none, 1 added, 2 multiplied."""
-    block, task = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    program = tl.program_id(0)
+    block, task = program % blocks, (program // blocks).to(tl.int64)
     body, head = task // H, task % H
     row = block * BM + tl.arange(0, BM)
     dim = tl.arange(0, DP)
@@ -129,7 +131,7 @@ def _forward(
     place = Out + body * ob + head * oh + row[:, None] * on + dim[None, :]
     tl.store(place, acc.to(Out.dtype.element_ty), mask=here[:, None] & inner[None, :])
     tl.store(Stat + task * N + row, most, mask=here)
-    tl.store(Stat + (tl.num_programs(1) + task) * N + row, total, mask=here)
+    tl.store(Stat + (tasks + task) * N + row, total, mask=here)
 
 
 @triton.jit
@@ -179,12 +181,13 @@ def _against_keys(
 def _backward_queries(
     Q, K, Vv, Table, Joints, Out, Grad, Stat, Delta, Dq, Partial,
     qb, qh, qn, qd, kb, kh, kn, kd, vb, vh, vn, vd, ob, oh, on, gb, gh, gn, gd, db, dh, dn, jb,
-    H, N, V, scale,
+    H, N, V, scale, blocks, tasks,
     D: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     TERM: tl.constexpr, DOT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of ``BM`` queries, their part of the table's gradient, and ``Delta = sum_d grad * out`` for the keys."""
-    block, task = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    program = tl.program_id(0)
+    block, task = program % blocks, (program // blocks).to(tl.int64)
     body, head = task // H, task % H
     row = block * BM + tl.arange(0, BM)
     dim = tl.arange(0, DP)
@@ -195,7 +198,7 @@ def _backward_queries(
     q = tl.load(Q + body * qb + head * qh + row[:, None] * qn + dim[None, :] * qd, mask=both, other=0.0).to(DOT)
     grad = tl.load(Grad + body * gb + head * gh + row[:, None] * gn + dim[None, :] * gd, mask=both, other=0.0)
     most = tl.load(Stat + task * N + row, mask=here, other=0.0)
-    inverse = 1.0 / tl.load(Stat + (tl.num_programs(1) + task) * N + row, mask=here, other=1.0)
+    inverse = 1.0 / tl.load(Stat + (tasks + task) * N + row, mask=here, other=1.0)
     if TERM > 0:
         Joints += body * jb
         joint = tl.load(Joints + row, mask=here, other=-1)
@@ -243,7 +246,7 @@ def _backward_queries(
         # Onto the joints of the queries: once a block, in full precision.
         table = tl.dot(_onehot(joint, VP, tl.float32), dterm, input_precision="ieee")
         at = tl.arange(0, VP)
-        part = Partial + (task * tl.num_programs(0) + block) * V * V
+        part = Partial + (task * blocks + block) * V * V
         tl.store(part + at[:, None] * V + at[None, :], table, mask=(at[:, None] < V) & (at[None, :] < V))
 
 
@@ -251,12 +254,13 @@ def _backward_queries(
 def _backward_keys(
     Q, K, Vv, Table, Joints, Grad, Stat, Delta, Dk, Dv,
     qb, qh, qn, qd, kb, kh, kn, kd, vb, vh, vn, vd, gb, gh, gn, gd, db, dh, dn, jb,
-    H, N, V, scale,
+    H, N, V, scale, blocks, tasks,
     D: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     TERM: tl.constexpr, DOT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of ``BN`` keys and values; scores are computed with keys as rows."""
-    block, task = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    program = tl.program_id(0)
+    block, task = program % blocks, (program // blocks).to(tl.int64)
     body, head = task // H, task % H
     column = block * BN + tl.arange(0, BN)
     dim = tl.arange(0, DP)
@@ -278,7 +282,7 @@ def _backward_keys(
         q = tl.load(Q + row[:, None] * qn + dim[None, :] * qd, mask=inside, other=0.0).to(DOT)
         grad = tl.load(Grad + row[:, None] * gn + dim[None, :] * gd, mask=inside, other=0.0).to(DOT)
         most = tl.load(Stat + task * N + row, mask=here, other=0.0)
-        inverse = 1.0 / tl.load(Stat + (tl.num_programs(1) + task) * N + row, mask=here, other=1.0)
+        inverse = 1.0 / tl.load(Stat + (tasks + task) * N + row, mask=here, other=1.0)
         delta = tl.load(Delta + task * N + row, mask=here, other=0.0)
         if EXACT:
             # Large scores must come out as they did before, to the last bit.
@@ -333,6 +337,7 @@ def _term(q: Tensor, table: Tensor | None, joints: Tensor | None) -> tuple[Tenso
     return table.float().contiguous(), joints, joints.stride(0) if joints.dim() == 2 else 0, table.shape[1]
 
 
+@config.on_device
 def forward(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, joints: Tensor | None, multiply: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -344,15 +349,17 @@ def forward(
         return out, statistics
     term, numbers, step, count = _term(q, table, joints)
     rows, columns, warps, stages = config.choose(FORWARD, q, length)
-    _forward[(triton.cdiv(length, rows), bodies * heads)](
+    blocks, tasks = triton.cdiv(length, rows), bodies * heads
+    _forward[(blocks * tasks,)](
         q, k, v, term, numbers, out, statistics,
         *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3], step,
-        heads, length, count, scale,
+        heads, length, count, scale, blocks, tasks,
         **_constants(q, table, multiply), BM=rows, BN=columns, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out, statistics
 
 
+@config.on_device
 def backward(
     grad: Tensor,
     q: Tensor,
@@ -374,21 +381,22 @@ def backward(
     term, numbers, step, count = _term(q, table, joints)
     constants = _constants(q, table, multiply)
     rows, columns, warps, stages = config.choose(QUERIES, q, length)
-    blocks = triton.cdiv(length, rows)
+    blocks, tasks = triton.cdiv(length, rows), bodies * heads
     delta = torch.empty_like(statistics[0])
     partial = q.new_empty((bodies, heads, blocks, *shape[1:]) if table is not None else (1,), dtype=torch.float32)
     inputs = (*q.stride(), *k.stride(), *v.stride())
-    _backward_queries[(blocks, bodies * heads)](
+    _backward_queries[(blocks * tasks,)](
         q, k, v, term, numbers, out, grad, statistics, delta, dq, partial,
         *inputs, *out.stride()[:3], *grad.stride(), *dq.stride()[:3], step,
-        heads, length, count, scale,
+        heads, length, count, scale, blocks, tasks,
         **constants, BM=rows, BN=columns, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     rows, columns, warps, stages = config.choose(KEYS, q, length)
-    _backward_keys[(triton.cdiv(length, columns), bodies * heads)](
+    blocks = triton.cdiv(length, columns)
+    _backward_keys[(blocks * tasks,)](
         q, k, v, term, numbers, grad, statistics, delta, dk, dv,
         *inputs, *grad.stride(), *dk.stride()[:3], step,
-        heads, length, count, scale,
+        heads, length, count, scale, blocks, tasks,
         **constants, BM=rows, BN=columns, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return dq, dk, dv, q.new_empty(0, dtype=torch.float32) if table is None else partial.sum((0, 2))
