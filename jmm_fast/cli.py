@@ -209,6 +209,7 @@ def _pretrain(args: list[str]) -> None:
             ("variant", Annotated[Variant | None, arg(help="sets mask.variant and model.topology together")], None),
             ("resume", Annotated[FlagCreatePairsOff[bool], arg(help="continue the run in --out")], False),
             ("overwrite", Annotated[FlagCreatePairsOff[bool], arg(help="remove the run in --out first")], False),
+            ("profile", Annotated[FlagCreatePairsOff[bool], arg(help="write where a step's time goes")], False),
             ("run", Annotated[RunConfig, arg(name="")], field(default_factory=lambda: run)),
         ],
         kw_only=True,
@@ -216,7 +217,15 @@ def _pretrain(args: list[str]) -> None:
     given = _parse(kind, args[1:], f"pretrain {args[0]}", "Masked motion pretraining; writes a run folder.")
     from jmm_fast.train.pretrain import pretrain
 
-    pretrain(given.run, data=given.data, out=given.out, resume=given.resume, overwrite=given.overwrite, say=_say)
+    pretrain(
+        given.run,
+        data=given.data,
+        out=given.out,
+        resume=given.resume,
+        overwrite=given.overwrite,
+        profile=given.profile,
+        say=_say,
+    )
 
 
 def _probe(args: list[str]) -> None:

@@ -192,6 +192,11 @@ class RunConfig:
     """Steps between checkpoints; there is one more at the end of each epoch."""
     keep: int = 2
     """Checkpoints that are kept."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What a step does whose loss or gradient is not finite: end the run, or change no weight and go on. Either way
+    its clips are listed in nonfinite.json."""
+    nonfinite_limit: int = 10
+    """Steps in a row that may be skipped before the run ends."""
     model: ModelConfig = field(default_factory=ModelConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -202,8 +207,18 @@ class RunConfig:
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
 
 
-# What may differ between a run and its resumption: none of it changes the weights.
-FREE_ON_RESUME = ("device", "log_every", "checkpoint_every", "keep", "probe", "knn", "finetune")
+# What may differ between a run and its resumption: none of it changes the weights that a checkpoint can hold.
+FREE_ON_RESUME = (
+    "device",
+    "log_every",
+    "checkpoint_every",
+    "keep",
+    "nonfinite",
+    "nonfinite_limit",
+    "probe",
+    "knn",
+    "finetune",
+)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -284,6 +299,7 @@ def check_config(config: RunConfig) -> None:
         "log_every": config.log_every,
         "checkpoint_every": config.checkpoint_every,
         "keep": config.keep,
+        "nonfinite_limit": config.nonfinite_limit,
         "data.batch_size": data.batch_size,
         "data.min_length": data.min_length,
         "probe.epochs": config.probe.epochs,

@@ -9,8 +9,9 @@ import torch
 
 from jmm_fast import ops
 from jmm_fast import skeleton as layouts
-from jmm_fast.data import ClipStore
+from jmm_fast.data import ClipStore, Split
 from jmm_fast.errors import UserError
+from jmm_fast.files import locked
 from jmm_fast.models import JMMTGT, ModelConfig
 from jmm_fast.train import environment
 from jmm_fast.train.config import FREE_ON_RESUME, RunConfig, differences, load_config, save_config, to_dict
@@ -23,6 +24,8 @@ from jmm_fast.train.optim import adamw
 CONTENTS = (
     "environment.json",
     "metrics.jsonl",
+    "nonfinite.json",
+    "profile",
     "evaluations.jsonl",
     "tensorboard",
     "checkpoints",
@@ -42,6 +45,7 @@ def pretrain(
     out: Path,
     resume: bool = False,
     overwrite: bool = False,
+    profile: bool = False,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Pretrain a model on the training clips of a split.
@@ -56,9 +60,11 @@ def pretrain(
         out: the run folder.
         resume: continue from the newest checkpoint; everything that decides the weights must be as before.
         overwrite: remove the run that is there.
+        profile: write where the time of a few steps goes to ``profile/``.
 
     Raises:
-        UserError: bad data, config or folder; another config or other data than the run that is resumed.
+        UserError: bad data, config or folder; another config or other data than the run that is resumed; another
+            process that writes to ``out``; loss or gradient not finite; disk full.
         Stopped: on SIGINT or SIGTERM, with the checkpoint saved.
     """
     data, out = Path(data), Path(out)
@@ -68,8 +74,27 @@ def pretrain(
     store, split, config = open_data(data, config, need_test=False)
     config = dataclasses.replace(config, model=_with_layout(config.model, store))
     check_joints(config, store)
-    _prepare_folder(out, config, resume=resume, overwrite=overwrite)
+    _check_folder(out, config, resume=resume, overwrite=overwrite)
+    with locked(out):
+        # Once more: what held the lock until now may have left a run.
+        _check_folder(out, config, resume=resume, overwrite=overwrite)
+        if overwrite:
+            _remove(out)
+        _train(config, store, split, device, out, resume=resume, profile=profile, say=say)
+    return out
 
+
+def _train(
+    config: RunConfig,
+    store: ClipStore,
+    split: Split,
+    device: torch.device,
+    out: Path,
+    *,
+    resume: bool,
+    profile: bool,
+    say: Callable[[str], None],
+) -> None:
     torch.manual_seed(config.seed)
     model = JMMTGT(config.model, backend=config.backend).to(device)
     optimizer = adamw(model, config.optim)
@@ -114,7 +139,7 @@ def pretrain(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     say(
         f"pretraining {config.recipe} ({config.mask.variant}, topology {config.model.topology}, {parameters:,} "
-        f"parameters) on {len(split.train)} clips of {data}, {len(clips)} steps an epoch, {config.epochs} epochs"
+        f"parameters) on {len(split.train)} clips of {store.path}, {len(clips)} steps an epoch, {config.epochs} epochs"
     )
     fit(
         model,
@@ -130,20 +155,22 @@ def pretrain(
             log_every=config.log_every,
             checkpoint_every=config.checkpoint_every,
             keep=config.keep,
+            nonfinite=config.nonfinite,
+            nonfinite_limit=config.nonfinite_limit,
         ),
         folder=out,
         device=device,
         title="pretrain",
         fingerprint=store.fingerprint,
         resume=resume,
+        profile=profile,
         say=say,
     )
     model.save_pretrained(out / "model")
     say(f"model written to {out / 'model'}")
-    return out
 
 
-def _prepare_folder(out: Path, config: RunConfig, *, resume: bool, overwrite: bool) -> None:
+def _check_folder(out: Path, config: RunConfig, *, resume: bool, overwrite: bool) -> None:
     """Refuse a folder that holds something else, a run that nobody said what to do with, or another run's config."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: --out needs a folder")
@@ -153,12 +180,6 @@ def _prepare_folder(out: Path, config: RunConfig, *, resume: bool, overwrite: bo
     if "config.yaml" not in held:
         raise UserError(f"{out} is not empty and holds no run (it has {held[0]}): choose another --out")
     if overwrite:
-        for name in CONTENTS:
-            path = out / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
         return
     if not resume:
         raise UserError(f"{out} already holds a run: --resume continues it, --overwrite removes it")
@@ -169,6 +190,15 @@ def _prepare_folder(out: Path, config: RunConfig, *, resume: bool, overwrite: bo
     if changed:
         name, old, new = changed[0]
         raise UserError(f"{out} was started with {name} = {old}, not {new}: a resumed run keeps its settings")
+
+
+def _remove(out: Path) -> None:
+    for name in CONTENTS:
+        path = out / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _with_layout(model: ModelConfig, store: ClipStore) -> ModelConfig:
