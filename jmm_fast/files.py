@@ -5,6 +5,7 @@ import fcntl
 import os
 import platform
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,13 +27,16 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        mode = stat.S_IMODE(os.fstat(handle).st_mode)
+        os.close(handle)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     try:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        os.chmod(temporary, mode)  # Some writers put a private file in its place; ours should obey the user's umask.
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:

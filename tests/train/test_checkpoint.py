@@ -1,5 +1,6 @@
 """Checkpoints: whole or passed over, exact, and only for the network they belong to."""
 
+import os
 import threading
 
 import pytest
@@ -152,6 +153,15 @@ def test_one_checkpoint_at_a_time(tmp_path, slow_disk):
         writer.save(3, model, optimizer, {})
         writer.wait()
         assert checkpoint.steps(tmp_path) == [2, 3]
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    before = os.umask(0o027)
+    try:
+        path = save(tmp_path, 1, *trained(1))
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
 
 
 def test_a_failed_write_is_told_once_by_whatever_comes_next(tmp_path, monkeypatch):
