@@ -129,9 +129,10 @@ def test_a_full_and_a_read_only_disk(clips, config, tmp_path):
     assert found["model"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_permission(clips, config, tmp_path):
     (tmp_path / "run").mkdir(mode=0o555)
+    if os.access(tmp_path / "run", os.W_OK):
+        pytest.skip("this user may write everywhere")
     with pytest.raises(UserError, match=r"cannot write .*\.lock: Permission denied"):
         pretrain(config, data=clips, out=tmp_path / "run", say=quiet)
 
