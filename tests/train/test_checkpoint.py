@@ -123,7 +123,7 @@ def slow_disk(monkeypatch):
 
 def test_what_is_written_is_the_state_when_it_was_asked_for(tmp_path, slow_disk):
     model, optimizer = trained(3)
-    asked = checkpoint.snapshot(model, optimizer)
+    asked = {name: value.clone() for name, value in checkpoint.snapshot(model, optimizer).items()}
     with checkpoint.Writer(tmp_path, 3) as writer:
         writer.save(3, model, optimizer, {"note": "x"})
         # It is not there yet, and training goes on.

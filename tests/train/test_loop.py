@@ -133,6 +133,17 @@ def test_a_signal_saves_and_stops(tmp_path, number):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_a_stop_does_not_claim_a_checkpoint_that_failed(tmp_path, monkeypatch):
+    config = dataclasses.replace(CONFIG, checkpoint_every=100)
+
+    def fails(*_args, **_kwargs):
+        raise checkpoint.SafetensorError("Input/output error")
+
+    monkeypatch.setattr(checkpoint, "save_file", fails)
+    with pytest.raises(UserError, match=r"cannot write .*step-000000002.*: Input/output error"):
+        run(tmp_path, hook=lambda call: os.kill(os.getpid(), signal.SIGTERM) if call == 1 else None, config=config)
+
+
 def test_other_data_is_refused(tmp_path):
     run(tmp_path)
     with pytest.raises(UserError, match="other data"):
