@@ -33,8 +33,8 @@ class Ledger:
     They are left out of the sums and listed in ``nonfinite.json`` with their clips, newest last.
 
     Attributes:
-        state: sums over the epoch and since the last line of metrics, and skipped steps; goes into checkpoints.
-        last: newest finite loss and gradient norm; None before there is one.
+        state: sums over the epoch and since the last line of metrics, newest finite loss and gradient norm, and skipped
+            steps; goes into checkpoints.
 
     Args:
         folder: of the run.
@@ -47,8 +47,8 @@ class Ledger:
         self.path = folder / "nonfinite.json"
         self.limit = limit if policy == "skip" else 1
         self.say = say
-        self.state = {"epoch_loss": 0.0, "epoch_steps": 0, "log_loss": 0.0, "log_steps": 0, "skipped": 0, "in_row": 0}
-        self.last: tuple[float, float] | None = None
+        self.state = {"epoch_loss": 0.0, "epoch_steps": 0, "log_loss": 0.0, "log_steps": 0}
+        self.state |= {"loss": None, "norm": None, "skipped": 0, "in_row": 0}
         self._unread: list[Step] = []
         self._bad: list[dict] = []
 
@@ -68,11 +68,10 @@ class Ledger:
         state, before = self.state, self.state["skipped"]
         for step, (loss, norm) in zip(steps, numbers, strict=True):
             if math.isfinite(loss) and math.isfinite(norm):
-                self.last = loss, norm
+                state |= {"loss": loss, "norm": norm, "in_row": 0}
                 for name in ("epoch", "log"):
                     state[f"{name}_loss"] += loss
                     state[f"{name}_steps"] += 1
-                state["in_row"] = 0
                 continue
             state["skipped"] += 1
             state["in_row"] += 1

@@ -229,7 +229,7 @@ def fit(
                     with record_function("save and log"):
                         if logs or saves:
                             ledger.read()
-                        last = "" if ledger.last is None else f"  loss {ledger.last[0]:.4f}"
+                        last = "" if ledger.state["loss"] is None else f"  loss {ledger.state['loss']:.4f}"
                         progress.advance(samples, f"epoch {epoch + 1}/{config.epochs}{last}")
                         if logs:
                             now = time.monotonic()
@@ -242,7 +242,7 @@ def fit(
                                     loss=mean,
                                     lr=rate,
                                     samples_per_s=logged_samples / max(now - logged, 1e-9),
-                                    grad_norm=ledger.last[1],
+                                    grad_norm=ledger.state["norm"],
                                     **({"skipped": ledger.state["skipped"]} if ledger.state["skipped"] else {}),
                                     time=now - began,
                                 )

@@ -169,6 +169,24 @@ def test_steps_in_a_row_are_counted_across_a_resumption(tmp_path):
         run(tmp_path, bad, resume=True, nonfinite="skip", nonfinite_limit=3)
 
 
+def test_lines_of_metrics_are_the_same_after_a_resumption(tmp_path):
+    """Whose steps since the checkpoint were all skipped, too."""
+    bad = {4: "loss", 5: "gradient", 9: "loss"}
+    changes = {"nonfinite": "skip", "checkpoint_every": 4}
+    run(tmp_path / "whole", bad, **changes)
+    with pytest.raises(UserError, match="at step 4"):
+        run(tmp_path / "run", bad, checkpoint_every=4)
+    run(tmp_path / "run", bad, resume=True, **changes)
+    whole, resumed = (
+        [
+            {name: value for name, value in line.items() if name not in ("time", "samples_per_s")}
+            for line in read_lines(tmp_path / name / "metrics.jsonl")
+        ]
+        for name in ("whole", "run")
+    )
+    assert whole == resumed
+
+
 def test_an_epoch_of_nothing_else(tmp_path):
     run(tmp_path, dict.fromkeys(range(6), "loss"), nonfinite="skip", nonfinite_limit=7)
     lines = read_lines(tmp_path / "metrics.jsonl")
