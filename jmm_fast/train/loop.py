@@ -6,6 +6,7 @@ continues from any checkpoint takes the same steps, bit for bit, on the same CPU
 """
 
 import contextlib
+import functools
 import math
 import shutil
 import signal
@@ -18,9 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from jmm_fast.errors import UserError
+from jmm_fast.errors import SharedError
 from jmm_fast.progress import Progress
-from jmm_fast.train import checkpoint
+from jmm_fast.train import checkpoint, distributed
 from jmm_fast.train.config import OptimConfig
 from jmm_fast.train.metrics import Metrics
 from jmm_fast.train.optim import set_learning_rate
@@ -75,6 +76,7 @@ def train_step(
     step: int,
     dtype: str = "float32",
     clip_grad: float | None = None,
+    gradients: Callable[[Callable], float] | None = None,
 ) -> tuple[float, float | None]:
     """Forward, loss, backward, clip, update.
 
@@ -82,6 +84,8 @@ def train_step(
         loss_of: computes the scalar loss of the step's batch.
         rate: learning rate before each group's scale.
         seed, step: dropout and drop path draw from generators seeded with both.
+        gradients: in place of ``loss_of``: leaves the gradients in the parameters and returns the loss; computes the
+            forward pass in the context that its argument makes.
 
     Returns:
         The loss and, when gradients are clipped, their norm before that.
@@ -91,16 +95,20 @@ def train_step(
     """
     torch.manual_seed(step_seed(seed, step))
     set_learning_rate(optimizer, rate)
-    with autocast(device, dtype):
-        loss = loss_of()
-    value = loss.item()
+    optimizer.zero_grad(set_to_none=True)
+    if gradients is not None:
+        value = gradients(lambda: autocast(device, dtype))
+    else:
+        with autocast(device, dtype):
+            loss = loss_of()
+        value = loss.item()
+        if math.isfinite(value):
+            loss.backward()
     if not math.isfinite(value):
-        raise UserError(
+        raise SharedError(
             f"the loss is {value} at step {step} (learning rate {rate:.2e}): try a smaller optim.lr, "
             "optim.clip_grad 1.0 or dtype float32"
         )
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
     norm = None
     if clip_grad is not None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -117,7 +125,7 @@ def fit(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches,
-    loss_of: Callable[[object, int], Tensor],
+    loss_of: Callable[[object, int], tuple[Tensor, Tensor | int]],
     *,
     config: LoopConfig,
     folder: Path,
@@ -130,10 +138,12 @@ def fit(
 ) -> float:
     """Train ``model`` for ``config.epochs``, leaving ``metrics.jsonl`` and ``checkpoints/`` in ``folder``.
 
+    Of several processes (:mod:`jmm_fast.train.distributed`) the first reads and writes the files.
+
     Args:
         batches: ``len(batches)`` steps an epoch; ``batches.epoch(e, start)`` iterates over the batches of epoch ``e``
-            from number ``start`` on.
-        loss_of: ``(batch, epoch) -> loss``; called in training mode.
+            from number ``start`` on; of several processes, over this one's part of each.
+        loss_of: ``(batch, epoch) -> (loss, weight)``, the mean over ``weight`` terms; called in training mode.
         fingerprint: of the data; a run is not continued on other data.
         resume: continue from the newest whole checkpoint of ``folder``, if there is one.
         after_epoch: called with the number of finished epochs; the numbers that it returns go to the metrics.
@@ -147,44 +157,52 @@ def fit(
     """
     per_epoch = len(batches)
     if per_epoch == 0:
-        raise UserError("the training split gives no batch: it holds no clip, or fewer than one batch of them")
+        raise SharedError("the training split gives no batch: it holds no clip, or fewer than one batch of them")
     total = per_epoch * config.epochs
     folder_of_checkpoints = folder / "checkpoints"
     state = {"epoch_loss": 0.0, "epoch_steps": 0, "log_loss": 0.0, "log_steps": 0, "seconds": 0.0}
     step = 0
-    for leftover in folder.rglob(".*.part"):
-        # A writer that was killed cannot remove its temporary file.
-        leftover.unlink(missing_ok=True)
-    if not resume and folder_of_checkpoints.exists():
-        shutil.rmtree(folder_of_checkpoints)
-    found = checkpoint.latest(folder_of_checkpoints, say) if resume else None
+
+    def open_checkpoints() -> checkpoint.Checkpoint | None:
+        for leftover in folder.rglob(".*.part"):
+            # A writer that was killed cannot remove its temporary file.
+            leftover.unlink(missing_ok=True)
+        if not resume and folder_of_checkpoints.exists():
+            shutil.rmtree(folder_of_checkpoints)
+        return checkpoint.latest(folder_of_checkpoints, say) if resume else None
+
+    found = distributed.from_first(open_checkpoints)
     if found is not None:
         if found.record["fingerprint"] != fingerprint:
-            raise UserError(f"{folder} was trained on other data than the file given: a resumed run keeps its data")
+            raise SharedError(f"{folder} was trained on other data than the file given: a resumed run keeps its data")
         if found.record["per_epoch"] != per_epoch:
-            raise UserError(
+            raise SharedError(
                 f"{found.path}: an epoch had {found.record['per_epoch']} steps, now it would have {per_epoch}: "
                 "a resumed run keeps its split and batch size"
             )
-        checkpoint.restore(found, model, optimizer)
+        distributed.together(lambda: checkpoint.restore(found, model, optimizer))
         step = found.record["step"]
         state = {name: found.record[name] for name in state}
         say(f"continuing after step {step} of {total}")
     elif resume:
         say("no checkpoint yet: starting from the beginning")
 
+    accumulate = config.optim.accumulate
+    shared = distributed.Shared(model, loss_of, accumulate) if distributed.size() * accumulate > 1 else None
     began = time.monotonic() - state["seconds"]
     logged = time.monotonic()
     logged_samples = 0
 
     def save() -> None:
         state["seconds"] = time.monotonic() - began
+        if not distributed.is_first():
+            return
         record = state | {"fingerprint": fingerprint, "per_epoch": per_epoch}
         checkpoint.save(folder_of_checkpoints, step, model, optimizer, record, config.keep)
 
-    metrics = Metrics(folder, step)
+    metrics = Metrics(folder, step, written=distributed.is_first())
     try:
-        with _Signals() as signals, Progress(title, total, step) as progress:
+        with _Signals() as signals, Progress(title, total, step, shown=distributed.is_first()) as progress:
             for epoch in range(step // per_epoch, config.epochs):
                 model.train()
                 for batch in batches.epoch(epoch, start=step % per_epoch):
@@ -195,8 +213,10 @@ def fit(
                         warmup_epochs=config.warmup_epochs,
                         epochs=config.epochs,
                     )
+                    if shared is not None:
+                        shared.signal = signals.caught
                     loss, norm = train_step(
-                        lambda batch=batch, epoch=epoch: loss_of(batch, epoch),
+                        lambda batch=batch, epoch=epoch: loss_of(batch, epoch)[0],
                         optimizer,
                         device=device,
                         rate=rate,
@@ -204,9 +224,12 @@ def fit(
                         step=step,
                         dtype=config.dtype,
                         clip_grad=config.optim.clip_grad,
+                        gradients=None if shared is None else functools.partial(shared.backward, batch, epoch),
                     )
                     step += 1
-                    samples = len(batch.index)
+                    samples = len(batch.index) if shared is None else shared.samples
+                    # Several processes stop together, after the step in which all learned of the signal.
+                    caught = signals.caught if shared is None else shared.signal
                     logged_samples += samples
                     for name in ("epoch", "log"):
                         state[f"{name}_loss"] += loss
@@ -232,12 +255,12 @@ def fit(
                         if after_epoch is not None:
                             values |= after_epoch(epoch + 1)
                         metrics.write("epoch", step, epoch=epoch + 1, **values, time=time.monotonic() - began)
-                    if step % per_epoch == 0 or step % config.checkpoint_every == 0 or signals.caught:
+                    if step % per_epoch == 0 or step % config.checkpoint_every == 0 or caught:
                         save()
-                    if signals.caught and step < total:
+                    if caught and step < total:
                         raise Stopped(
                             f"stopped after step {step} of {total}, checkpoint saved: --resume continues",
-                            signals.caught,
+                            caught,
                         )
     finally:
         metrics.close()
