@@ -5,7 +5,7 @@
     python bench/scaling.py model --parameters 5904396
 
 ``measure`` pretrains the same recipe with the same batch on 1, 2 and 4 processes of ``--threads`` threads each. The
-figure of a size is the median over its logged steps without the first ones; the losses of all sizes are compared as well.
+figure of a size is the median over its logged steps without the first; the losses are compared as well.
 """
 
 import argparse

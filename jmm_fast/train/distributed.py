@@ -9,6 +9,7 @@ import datetime
 import inspect
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import TypeVar
@@ -66,7 +67,7 @@ def session() -> Iterator[None]:
     try:
         yield
     except SharedError:
-        dist.destroy_process_group()
+        _leave()
         raise
     except UserError as error:
         raise _said(error) from error
@@ -78,9 +79,9 @@ def session() -> Iterator[None]:
         raise _said(UserError(line)) from error
     except KeyboardInterrupt:
         # A stop that all processes agreed on.
-        dist.destroy_process_group()
+        _leave()
         raise
-    dist.destroy_process_group()
+    _leave()
 
 
 def device_index(count: int) -> int:
@@ -287,6 +288,13 @@ class _Objective(nn.Module):
 
     def forward(self, batch, epoch: int):
         return self.loss_of(batch, epoch)
+
+
+def _leave() -> None:
+    # The group's threads let go of a tensor a little after it was exchanged, and need the interpreter for that. If the
+    # group is dropped in this moment, with the interpreter's lock held, it waits for them for ever (torch 2.13, gloo).
+    time.sleep(0.2)
+    dist.destroy_process_group()
 
 
 def _contact_lost(error: RuntimeError) -> bool:

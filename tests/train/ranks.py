@@ -47,7 +47,10 @@ def start(folder: Path, commands: list[list]) -> Ranks:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["jmm_fast.train.pretrain", "jmm_fast.recipes", "torch.utils.tensorboard"])
+    # DistributedDataParallel imports the last one, which takes seconds.
+    context.set_forkserver_preload(
+        ["jmm_fast.train.pretrain", "jmm_fast.recipes", "torch.utils.tensorboard", "torch._dynamo"]
+    )
     processes = []
     for rank, command in enumerate(commands):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(commands), "MASTER_ADDR": "127.0.0.1"}
