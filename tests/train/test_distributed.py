@@ -232,7 +232,7 @@ def test_the_same_finetuning(gappy_clips, tiny, whole, tmp_path):
         made.append((numbers(folder, "loss", "grad_norm"), checkpoint.latest(folder / "checkpoints").tensors))
     (losses, one), (others, three) = made
     np.testing.assert_allclose(others, losses, rtol=1e-4)
-    # Batch normalisation takes out the bias before it, which is rounding times AdamW as well, and remembers it as a mean.
+    # Batch normalisation takes out the bias before it, which is noise for the same reason, and remembers it as a mean.
     noise = ("model/fc1.bias", "model/norm.running_mean")
     kept = [name for name in one if name.startswith("model/") and name not in noise]
     check_close(*({name: state[name] for name in kept} for state in (three, one)), atol=5e-5)
