@@ -10,8 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from jmm_fast.errors import UserError
+from jmm_fast.errors import SharedError
 from jmm_fast.files import atomic_write_text
+from jmm_fast.train import distributed
 
 
 @dataclass(kw_only=True, slots=True)
@@ -92,21 +93,23 @@ class Ledger:
         return total / steps if steps else None
 
     def _note(self, step: Step, loss: float, norm: float) -> None:
+        clips = [clip for part in distributed.gather(step.index.tolist()) for clip in part]
         # Text: JSON has no number for these.
         self._bad.append(
             {"step": step.step, "epoch": step.epoch, "learning_rate": step.rate, "loss": str(loss)}
-            | {"gradient_norm": str(norm), "clips": step.index.tolist()}
+            | {"gradient_norm": str(norm), "clips": clips}
         )
         del self._bad[: -self.limit]
 
     def _write(self) -> None:
-        atomic_write_text(self.path, json.dumps({"batches": self._bad}, indent=2) + "\n")
+        if distributed.is_first():
+            atomic_write_text(self.path, json.dumps({"batches": self._bad}, indent=2) + "\n")
 
     def _stop(self, step: Step, loss: float, norm: float) -> None:
         self._write()
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {norm}"
         row = f", as in {self.limit} steps in a row" if self.limit > 1 else ""
-        raise UserError(
+        raise SharedError(
             f"{what} at step {step.step}{row} (learning rate {step.rate:.2e}, clips in {self.path}): try a smaller "
             "optim.lr, optim.clip_grad 1.0, dtype float32 or nonfinite skip"
         )

@@ -6,6 +6,7 @@ continues from any checkpoint takes the same steps, bit for bit, on the same CPU
 """
 
 import contextlib
+import functools
 import shutil
 import signal
 import threading
@@ -19,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from jmm_fast.errors import UserError
+from jmm_fast.errors import SharedError
 from jmm_fast.progress import Progress
-from jmm_fast.train import checkpoint
+from jmm_fast.train import checkpoint, distributed
 from jmm_fast.train.config import OptimConfig
 from jmm_fast.train.ledger import Ledger, Step
 from jmm_fast.train.metrics import Metrics
@@ -82,6 +83,7 @@ def train_step(
     step: int,
     dtype: str = "float32",
     clip_grad: float | None = None,
+    gradients: Callable[[Callable], Tensor] | None = None,
     buffers: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """Forward, loss, backward, clip, update; the host waits for none of it.
@@ -92,6 +94,8 @@ def train_step(
         rate: learning rate before each group's scale.
         seed, step: dropout and drop path draw from generators seeded with both.
         clip_grad: the gradient is scaled down to this norm where it is longer.
+        gradients: in place of ``loss_of``: leaves the gradients in the parameters and returns the loss; computes the
+            forward pass in the context that its argument makes.
         buffers: what the forward pass changes besides: running statistics.
 
     Returns:
@@ -101,13 +105,16 @@ def train_step(
     torch.manual_seed(step_seed(seed, step))
     set_learning_rate(optimizer, rate)
     before = [buffer.clone() for buffer in buffers]
-    with record_function("forward"), autocast(device, dtype):
-        loss = loss_of()
     optimizer.zero_grad(set_to_none=True)
-    with record_function("backward"):
-        loss.backward()
-    with record_function("update"):
+    if gradients is not None:
+        loss = gradients(lambda: autocast(device, dtype))
+    else:
+        with record_function("forward"), autocast(device, dtype):
+            loss = loss_of()
+        with record_function("backward"):
+            loss.backward()
         loss = loss.detach()
+    with record_function("update"):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         bad = ~(loss.isfinite() & norm.isfinite())
@@ -124,7 +131,7 @@ def fit(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches,
-    loss_of: Callable[[object, int], Tensor],
+    loss_of: Callable[[object, int], tuple[Tensor, Tensor | int]],
     *,
     config: LoopConfig,
     folder: Path,
@@ -139,12 +146,13 @@ def fit(
     """Train ``model`` for ``config.epochs``, leaving ``metrics.jsonl`` and ``checkpoints/`` in ``folder``.
 
     The host waits for the device every ``config.log_every`` steps, before a checkpoint and after an epoch, not in
-    between. SIGUSR1 asks for a checkpoint after the step in hand.
+    between. SIGUSR1 asks for a checkpoint after the step in hand. Of several processes
+    (:mod:`jmm_fast.train.distributed`) the first reads and writes the files.
 
     Args:
         batches: ``len(batches)`` steps an epoch; ``batches.epoch(e, start)`` iterates over the batches of epoch ``e``
-            from number ``start`` on.
-        loss_of: ``(batch, epoch) -> loss``; called in training mode.
+            from number ``start`` on; of several processes, over this one's part of each.
+        loss_of: ``(batch, epoch) -> (loss, weight)``, the mean over ``weight`` terms; called in training mode.
         fingerprint: of the data; a run is not continued on other data.
         resume: continue from the newest whole checkpoint of ``folder``, if there is one.
         profile: write where the time of a few steps goes to ``profile/``.
@@ -160,43 +168,50 @@ def fit(
     """
     per_epoch = len(batches)
     if per_epoch == 0:
-        raise UserError("the training split gives no batch: it holds no clip, or fewer than one batch of them")
+        raise SharedError("the training split gives no batch: it holds no clip, or fewer than one batch of them")
     total = per_epoch * config.epochs
     folder_of_checkpoints = folder / "checkpoints"
     ledger = Ledger(folder, config.nonfinite, config.nonfinite_limit, say)
     step, seconds = 0, 0.0
-    for leftover in folder.rglob(".*.part"):
-        # A writer that was killed cannot remove its temporary file.
-        leftover.unlink(missing_ok=True)
-    if not resume and folder_of_checkpoints.exists():
-        shutil.rmtree(folder_of_checkpoints)
-    found = checkpoint.latest(folder_of_checkpoints, say) if resume else None
+
+    def open_checkpoints() -> checkpoint.Checkpoint | None:
+        for leftover in folder.rglob(".*.part"):
+            # A writer that was killed cannot remove its temporary file.
+            leftover.unlink(missing_ok=True)
+        if not resume and folder_of_checkpoints.exists():
+            shutil.rmtree(folder_of_checkpoints)
+        return checkpoint.latest(folder_of_checkpoints, say) if resume else None
+
+    found = distributed.from_first(open_checkpoints)
     if found is not None:
         if found.record["fingerprint"] != fingerprint:
-            raise UserError(f"{folder} was trained on other data than the file given: a resumed run keeps its data")
+            raise SharedError(f"{folder} was trained on other data than the file given: a resumed run keeps its data")
         if found.record["per_epoch"] != per_epoch:
-            raise UserError(
+            raise SharedError(
                 f"{found.path}: an epoch had {found.record['per_epoch']} steps, now it would have {per_epoch}: "
                 "a resumed run keeps its split and batch size"
             )
-        checkpoint.restore(found, model, optimizer)
+        distributed.together(lambda: checkpoint.restore(found, model, optimizer))
         step, seconds = found.record["step"], found.record["seconds"]
         ledger.state = {name: found.record.get(name, value) for name, value in ledger.state.items()}
         say(f"continuing after step {step} of {total}")
     elif resume:
         say("no checkpoint yet: starting from the beginning")
 
+    first = distributed.is_first()
+    accumulate = config.optim.accumulate
+    shared = distributed.Shared(model, loss_of, accumulate) if distributed.size() * accumulate > 1 else None
     began = time.monotonic() - seconds
     logged = time.monotonic()
     logged_samples = 0
     buffers = [value for value in model.state_dict(keep_vars=True).values() if not isinstance(value, nn.Parameter)]
-    metrics = Metrics(folder, step)
+    metrics = Metrics(folder, step, written=first)
     try:
         with (
             _Signals() as signals,
             checkpoint.Writer(folder_of_checkpoints, config.keep) as writer,
-            Progress(title, total, step) as progress,
-            Trace(folder / "profile", device, PARTS, say) if profile else contextlib.nullcontext() as trace,
+            Progress(title, total, step, shown=first) as progress,
+            Trace(folder / "profile", device, PARTS, say) if profile and first else contextlib.nullcontext() as trace,
         ):
             for epoch in range(step // per_epoch, config.epochs):
                 model.train()
@@ -209,7 +224,7 @@ def fit(
                         epochs=config.epochs,
                     )
                     loss, norm = train_step(
-                        lambda batch=batch, epoch=epoch: loss_of(batch, epoch),
+                        lambda batch=batch, epoch=epoch: loss_of(batch, epoch)[0],
                         optimizer,
                         device=device,
                         rate=rate,
@@ -217,13 +232,14 @@ def fit(
                         step=step,
                         dtype=config.dtype,
                         clip_grad=config.optim.clip_grad,
+                        gradients=None if shared is None else functools.partial(shared.backward, batch, epoch),
                         buffers=buffers,
                     )
                     ledger.add(Step(step=step, epoch=epoch, rate=rate, index=batch.index, loss=loss, norm=norm))
                     step += 1
-                    samples = len(batch.index)
+                    # Several processes stop together, after the step in which all learned of the signal.
+                    samples, stop, wanted = distributed.exchange(len(batch.index), *signals.take())
                     logged_samples += samples
-                    stop, wanted = signals.stop, signals.take_wanted()
                     logs = step % config.log_every == 0 or step == total
                     saves = step % per_epoch == 0 or step % config.checkpoint_every == 0 or stop or wanted
                     with record_function("save and log"):
@@ -257,7 +273,8 @@ def fit(
                         if saves:
                             seconds = time.monotonic() - began
                             state = {"fingerprint": fingerprint, "per_epoch": per_epoch, "seconds": seconds}
-                            writer.save(step, model, optimizer, ledger.state | state)
+                            if first:
+                                writer.save(step, model, optimizer, ledger.state | state)
                     if wanted:
                         say(f"checkpoint of step {step} of {total} asked for by a signal")
                     if stop and step < total:
@@ -273,14 +290,10 @@ def fit(
 
 
 class _Signals:
-    """Remembers signals so that the step in hand can end; a second SIGINT or SIGTERM acts at once.
-
-    Attributes:
-        stop: SIGINT or SIGTERM, when one came; else 0.
-    """
+    """Remembers signals so that the step in hand can end; a second SIGINT or SIGTERM acts at once."""
 
     def __init__(self) -> None:
-        self.stop = 0
+        self._stop = 0
         self._wanted = False
         self._before: dict[int, object] = {}
 
@@ -294,15 +307,15 @@ class _Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def take_wanted(self) -> bool:
-        """Whether SIGUSR1 asked for a checkpoint since the last call."""
+    def take(self) -> tuple[int, bool]:
+        """Which of SIGINT and SIGTERM came, or 0, and whether SIGUSR1 asked for a checkpoint since the last call."""
         wanted, self._wanted = self._wanted, False
-        return wanted
+        return self._stop, wanted
 
     def _catch(self, number: int, _frame) -> None:
         if number == signal.SIGUSR1:
             self._wanted = True
-        elif self.stop:
+        elif self._stop:
             raise KeyboardInterrupt
         else:
-            self.stop = number
+            self._stop = number

@@ -57,7 +57,7 @@ def run(folder, *, die_at=None, hook=None, resume=False, config=CONFIG, fingerpr
             raise Kill
         if hook is not None:
             hook(call)
-        return loss_scale * (model(batch.x) - batch.x).square().mean()
+        return loss_scale * (model(batch.x) - batch.x).square().mean(), len(batch.x)
 
     fit(
         model,
