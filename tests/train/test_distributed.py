@@ -1,7 +1,9 @@
 """Several processes do what one does: the same losses, weights and scores, or one line that says why not."""
 
 import dataclasses
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 from jmm_fast.data import ClipStore
+from jmm_fast.files import locked
 from jmm_fast.models import JMMTGT
 from jmm_fast.train import checkpoint
 from jmm_fast.train.config import save_config
@@ -143,6 +146,22 @@ def wait_for_steps(started, out, count):
     while len(read_lines(out / "metrics.jsonl")) < count:
         assert time.monotonic() < limit and all(process.is_alive() for process in started.processes), started.said(0)
         time.sleep(0.002)
+
+
+def test_all_stop_at_a_loss_that_is_not_finite(gappy_clips, tiny, tmp_path):
+    config = change(tiny, optim={"lr": 1e30, "min_lr": 1e30, "clip_grad": None}, log_every=3)
+    out = tmp_path / "run"
+    with locked(out):
+        assert re.search(
+            r"run is being written by process \d+ on .*: two runs",
+            refused(tmp_path / "held", [command(config, gappy_clips, out)] * 2),
+        )
+    started = ranks.start(tmp_path / "said", [command(config, gappy_clips, out)] * 2)
+    assert started.wait() == [2, 2], [started.said(rank) for rank in range(2)]
+    assert re.search(r"error: the (loss|norm of the gradient) is (nan|inf) at step \d ", started.said(0))
+    assert started.said(1) == ""
+    (batch,) = json.loads((out / "nonfinite.json").read_text())["batches"]
+    assert len(set(batch["clips"])) == config.data.batch_size
 
 
 def test_a_dead_process_ends_the_others(gappy_clips, tiny, tmp_path):

@@ -44,6 +44,12 @@ class Huge(torch.autograd.Function):
         return gradient * math.inf
 
 
+class Batch(SimpleNamespace):
+    def split(self, parts):
+        rows = zip(self.x.tensor_split(parts), self.index.tensor_split(parts), strict=True)
+        return [Batch(x=x, clips=x, index=index, fault=self.fault) for x, index in rows]
+
+
 class Batches:
     """Six batches an epoch; those whose step is in ``bad`` ruin loss or gradient."""
 
@@ -58,7 +64,7 @@ class Batches:
             step = 6 * epoch + number
             generator = torch.Generator().manual_seed(step)
             x = torch.randn(8, 5, generator=generator)
-            yield SimpleNamespace(x=x, index=torch.arange(8) + 10 * step, fault=self.bad.get(step))
+            yield Batch(x=x, clips=x, index=torch.arange(8) + 10 * step, fault=self.bad.get(step))
 
 
 def network():
@@ -208,8 +214,8 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("clip_grad", [None, 0.01])
-def test_the_host_waits_only_where_it_logs(tmp_path, monkeypatch, clip_grad):
+@pytest.mark.parametrize(("clip_grad", "accumulate"), [(None, 1), (0.01, 1), (0.01, 2)])
+def test_the_host_waits_only_where_it_logs(tmp_path, monkeypatch, clip_grad, accumulate):
     waits = []
 
     class Counted(Batches):
@@ -229,7 +235,8 @@ def test_the_host_waits_only_where_it_logs(tmp_path, monkeypatch, clip_grad):
     for name in ("tolist", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, counted(getattr(torch.Tensor, name)))
     model = network()
-    config = dataclasses.replace(CONFIG, optim=dataclasses.replace(CONFIG.optim, clip_grad=clip_grad))
+    optim = dataclasses.replace(CONFIG.optim, clip_grad=clip_grad, accumulate=accumulate)
+    config = dataclasses.replace(CONFIG, optim=optim)
     with Reads() as reads:
         fit(
             model,
