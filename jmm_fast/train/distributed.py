@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import inspect
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from jmm_fast.errors import SharedError, UserError
 from jmm_fast.models.blocks import DropPath
 
 T = TypeVar("T")
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def rank() -> int:
@@ -228,8 +230,8 @@ class Shared:
 
     Attributes:
         samples: clips of the last batch, of all processes.
-        signal: number of the signal that this process caught, or 0; after a step the largest of all processes', so
-            that they stop together.
+        signal: number of the signal that this process caught, or 0; after a step that of any process, so that they
+            stop together.
     """
 
     def __init__(self, model: nn.Module, loss_of: Callable, accumulate: int) -> None:
@@ -262,21 +264,17 @@ class Shared:
             # A part without terms has no mean.
             total += loss.item() * terms if terms else 0.0
             weight += terms
-        total, weight, samples, signal = _gather_numbers(total, weight, len(batch.index), self.signal).unbind(1)
-        total, weight = total.sum().item(), max(weight.sum().item(), 1.0)
-        self.samples, self.signal = int(samples.sum()), int(signal.max())
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        numbers = [total, weight, len(batch.index), *(self.signal == number for number in _SIGNALS)]
+        sums = torch.tensor(numbers, dtype=torch.float64, device=gradients[0].device)
+        if size() > 1:
+            dist.all_reduce(sums)
+        total, weight, samples, *caught = sums.tolist()
+        weight = max(weight, 1.0)
+        self.samples = int(samples)
+        self.signal = next((number for number, count in zip(_SIGNALS, caught, strict=True) if count), 0)
         torch._foreach_mul_(gradients, size() / weight)
         return total / weight
-
-
-def _gather_numbers(*numbers: float) -> Tensor:
-    """Some numbers of every process: float64 ``[n, len(numbers)]``."""
-    mine = torch.tensor(numbers, dtype=torch.float64)
-    rows = [torch.empty_like(mine) for _ in range(size())] if size() > 1 else [mine]
-    if size() > 1:
-        dist.all_gather(rows, mine)
-    return torch.stack(rows)
 
 
 class _Objective(nn.Module):
