@@ -1,8 +1,8 @@
 """How a run scales over processes: measured here with gloo, modelled for GPUs; docs/scaling.md explains both.
 
     jmm-fast prepare synthetic --out synthetic.safetensors --clips 480
-    python bench/scaling.py measure --data synthetic.safetensors --json bench/results/scaling.json
-    python bench/scaling.py model --parameters 5904396
+    python bench/scaling.py measure --data synthetic.safetensors --json bench/results/scaling.json -- --split xsub
+    python bench/scaling.py model --parameters 10368716
 
 ``measure`` pretrains the same recipe with the same batch on 1, 2 and 4 processes of ``--threads`` threads each. The
 figure of a size is the median over its logged steps without the first; the losses are compared as well.
@@ -10,6 +10,7 @@ figure of a size is the median over its logged steps without the first; the loss
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -91,8 +92,9 @@ def step_time(
     ``compute = clips * bodies_per_clip / bodies_per_s``. Gradients are ``G = 4 * parameters`` bytes. Inside a node of
     ``n`` GPUs a ring moves ``2 G (n-1)/n`` bytes over each link; between ``m`` nodes each GPU exchanges its ``G/n``:
     ``2 G/n (m-1)/m`` bytes over its own network card; each of the ``2 (n-1) + 2 (m-1)`` turns costs ``latency_us``. Up
-    to ``overlap`` of the backward pass, which is two thirds of the computation, hides communication:
-    ``step = compute + max(0, communication - overlap * 2/3 * compute)``.
+    to ``overlap`` of the backward pass, which is two thirds of the computation, hides communication. The sum of the
+    losses and weights that follows, ``2 log2 gpus`` turns of a tree, is hidden by nothing:
+    ``step = compute + max(0, communication - overlap * 2/3 * compute) + 2 log2(gpus) * latency_us``.
     """
     compute = clips * bodies_per_clip / bodies_per_s
     size = 4.0 * parameters
@@ -100,7 +102,7 @@ def step_time(
     inside = 2 * size * (n - 1) / n / (node_gb_s * 1e9)
     between = 2 * size / n * (m - 1) / m / (net_gb_s * 1e9)
     communication = inside + between + (2 * (n - 1) + 2 * (m - 1)) * latency_us * 1e-6
-    step = compute + max(0.0, communication - overlap * compute * 2 / 3)
+    step = compute + max(0.0, communication - overlap * compute * 2 / 3) + 2 * math.log2(gpus) * latency_us * 1e-6
     return {"compute": compute, "communication": communication, "step": step, "efficiency": compute / step}
 
 
