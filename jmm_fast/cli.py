@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from jmm_fast import __version__
-from jmm_fast.errors import UserError
+from jmm_fast.errors import SharedError, UserError
 
 # torch takes a second to load: each command imports what it needs, so that help and typing errors are quick.
 
@@ -48,10 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         # tyro printed the help it was asked for.
         return int(stop.code or 0)
     except UserError as error:
-        print(f"jmm-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
+        # Of the processes that torchrun started: what all know the first one says, the rest one on each machine.
+        alone = not isinstance(error, SharedError) and os.environ.get("LOCAL_RANK", "0") == "0"
+        if alone or os.environ.get("RANK", "0") == "0":
+            print(f"jmm-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"jmm-fast: {stop}" if str(stop) else "jmm-fast: interrupted", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"jmm-fast: {stop}" if str(stop) else "jmm-fast: interrupted", file=sys.stderr)
         return 128 + getattr(stop, "signum", 2)
     except BrokenPipeError:
         # The reader (head, less) has gone: nothing is wrong, and nothing more can be said.
@@ -209,23 +213,36 @@ def _pretrain(args: list[str]) -> None:
             ("variant", Annotated[Variant | None, arg(help="sets mask.variant and model.topology together")], None),
             ("resume", Annotated[FlagCreatePairsOff[bool], arg(help="continue the run in --out")], False),
             ("overwrite", Annotated[FlagCreatePairsOff[bool], arg(help="remove the run in --out first")], False),
+            ("profile", Annotated[FlagCreatePairsOff[bool], arg(help="write where a step's time goes")], False),
             ("run", Annotated[RunConfig, arg(name="")], field(default_factory=lambda: run)),
         ],
         kw_only=True,
     )
     given = _parse(kind, args[1:], f"pretrain {args[0]}", "Masked motion pretraining; writes a run folder.")
+    from jmm_fast.train.distributed import session
     from jmm_fast.train.pretrain import pretrain
 
-    pretrain(given.run, data=given.data, out=given.out, resume=given.resume, overwrite=given.overwrite, say=_say)
+    with session():
+        pretrain(
+            given.run,
+            data=given.data,
+            out=given.out,
+            resume=given.resume,
+            overwrite=given.overwrite,
+            profile=given.profile,
+            say=_say,
+        )
 
 
 def _probe(args: list[str]) -> None:
     encoders = Literal["pretrained", "untrained"]
     source, given = _evaluation("probe", args, encoders, "Linear evaluation of the frozen encoder.")
     if source is not None:
+        from jmm_fast.train.distributed import session
         from jmm_fast.train.probe import probe
 
-        probe(source, data=given.data, encoder=given.encoder, say=_say)
+        with session():
+            probe(source, data=given.data, encoder=given.encoder, say=_say)
 
 
 def _knn(args: list[str]) -> None:
@@ -235,9 +252,11 @@ def _knn(args: list[str]) -> None:
     encoders = Literal["pretrained", "untrained"]
     source, given = _evaluation("knn", args, encoders, "Nearest neighbours on pooled features or raw poses.", [raw])
     if source is not None:
+        from jmm_fast.train.distributed import session
         from jmm_fast.train.knn import knn
 
-        knn(source, data=given.data, encoder=given.encoder, raw=given.raw, say=_say)
+        with session():
+            knn(source, data=given.data, encoder=given.encoder, raw=given.raw, say=_say)
 
 
 def _finetune(args: list[str]) -> None:
@@ -250,16 +269,18 @@ def _finetune(args: list[str]) -> None:
     encoders = Literal["pretrained", "scratch"]
     source, given = _evaluation("finetune", args, encoders, "Train the whole network with labels.", flags)
     if source is not None:
+        from jmm_fast.train.distributed import session
         from jmm_fast.train.finetune import finetune
 
-        finetune(
-            source,
-            data=given.data,
-            encoder=given.encoder,
-            resume=given.resume,
-            overwrite=given.overwrite,
-            say=_say,
-        )
+        with session():
+            finetune(
+                source,
+                data=given.data,
+                encoder=given.encoder,
+                resume=given.resume,
+                overwrite=given.overwrite,
+                say=_say,
+            )
 
 
 def _evaluation(command: str, args: list[str], encoders: Any, description: str, flags: Sequence[tuple] = ()):

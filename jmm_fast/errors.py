@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake of the user: bad input, bad arguments, a full disk."""
+"""The exceptions that stand for a mistake of the user: bad input, bad arguments, a full disk."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
     The message is one line that names the file, field or argument and what was expected. The command line prints
     it without a traceback and exits with code 2; as a library it is an ordinary ``ValueError``.
     """
+
+
+class SharedError(UserError):
+    """A mistake that all of several processes know of: the first one tells the user, the others only end."""

@@ -1,8 +1,11 @@
 """Files that are either whole or absent: everything the project writes goes through here."""
 
 import contextlib
+import fcntl
 import os
-import tempfile
+import platform
+import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,20 +24,19 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         UserError: the folder cannot be written or the disk is full; the line names ``path`` and the reason.
     """
     path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        mode = stat.S_IMODE(os.fstat(handle).st_mode)
         os.close(handle)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    temporary = Path(name)
     try:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files; ours should obey the user's umask
+        os.chmod(temporary, mode)  # Some writers put a private file in its place; ours should obey the user's umask.
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -56,3 +58,37 @@ def atomic_write_bytes(path: str | os.PathLike, data: bytes) -> None:
 def atomic_write_text(path: str | os.PathLike, text: str) -> None:
     """Write ``text`` as UTF-8 to ``path``, whole or not at all."""
     atomic_write_bytes(path, text.encode("utf-8"))
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike) -> Iterator[None]:
+    """Hold ``folder``, which is made if need be, for this process alone.
+
+    The system drops the lock when the process ends, however it ends; the file ``.lock`` stays and means nothing by
+    itself. A file system that has no locks gives no protection.
+
+    Raises:
+        UserError: another process holds the folder (the line names it), or nothing can be written there.
+    """
+    path = Path(folder) / ".lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(handle, 1000).decode(errors="replace") or "another process"
+            raise UserError(f"{folder} is being written by {holder}: two runs cannot share a folder") from error
+        except OSError:
+            pass  # Not every network file system has locks: better to train without than not at all.
+        try:
+            os.ftruncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {platform.node()}".encode())
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        yield
+    finally:
+        os.close(handle)

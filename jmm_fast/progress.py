@@ -14,22 +14,32 @@ class Progress:
         done: steps that were done before (a resumed run).
         every: seconds between plain lines.
         unit: what the throughput counts.
+        shown: False says nothing at all.
 
     Several threads may advance it.
     """
 
     def __init__(
-        self, title: str, total: int, done: int = 0, every: float = 15.0, *, step: str = "step", unit: str = "samples"
+        self,
+        title: str,
+        total: int,
+        done: int = 0,
+        every: float = 15.0,
+        *,
+        step: str = "step",
+        unit: str = "samples",
+        shown: bool = True,
     ) -> None:
         self.title, self.total, self.done = title, total, done
         self._step, self._unit = step, unit
         self._lock = threading.Lock()
         self._every = every
+        self._shown = shown
         self._began = self._said = time.monotonic()
         self._fresh = 0
         self._samples = 0
         self._bar = None
-        if sys.stderr.isatty():
+        if shown and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
             from rich.progress import Progress as Bar
@@ -57,6 +67,8 @@ class Progress:
 
     def advance(self, samples: int, note: str = "") -> None:
         """One step with ``samples`` clips is done; ``note`` is a few words such as the loss."""
+        if not self._shown:
+            return
         with self._lock:
             self._advance(samples, note)
 

@@ -13,6 +13,12 @@ def test_plain_progress_lines(capsys):
     assert "step 4/4" in lines[1] and "0:00 left" in lines[1]
 
 
+def test_nothing_is_shown_unasked(capsys):
+    with Progress("pretrain", 1, every=0.0, shown=False) as progress:
+        progress.advance(8)
+    assert capsys.readouterr().err == ""
+
+
 def test_quick_work_is_silent(capsys):
     with Progress("features", 2) as progress:
         progress.advance(8)

@@ -51,6 +51,27 @@ class ClipBatch:
         both = self.seen[:, :-stride] & self.seen[:, stride:]
         return _whole_tokens(torch.cat([both, self.seen[:, -stride:]], dim=1), t_patch)
 
+    def split(self, parts: int) -> list["ClipBatch"]:
+        """This batch as ``parts`` batches whose numbers of clips differ by one at most, in order; some may be empty."""
+        sizes = [len(part) for part in self.index.tensor_split(parts)]
+        ends = torch.tensor(sizes).cumsum(0).to(self.clip_of_body)
+        rows = torch.searchsorted(self.clip_of_body, ends).tolist()
+        made, clip, row = [], 0, 0
+        for count, end in zip(sizes, rows, strict=True):
+            bodies, clips = slice(row, end), slice(clip, clip + count)
+            made.append(
+                ClipBatch(
+                    clips=self.clips[bodies],
+                    clip_ids=self.clip_ids[bodies],
+                    clip_of_body=self.clip_of_body[bodies] - clip,
+                    labels=self.labels[clips],
+                    index=self.index[clips],
+                    seen=None if self.seen is None else self.seen[bodies],
+                )
+            )
+            clip, row = clip + count, end
+        return made
+
 
 def _whole_tokens(seen: Tensor, t_patch: int) -> Tensor:
     return patchify(seen[..., None], t_patch).all(-1).flatten(1)
@@ -88,6 +109,8 @@ class BodyBatches:
         store: where the clips are.
         ids: int64, clips to use, in evaluation in this order.
         batch_size: clips a batch; the last may be smaller unless ``drop_last``.
+        part: ``(r, n)``: of each batch only the ``r``-th of ``n`` parts in order, whose numbers of clips differ by one
+            at most. Draws and order are those of the whole batch; a part of a small batch may be empty.
         window: frames ``T`` of the result.
         train: crop and rotate at random, or evaluate.
         seed: of all draws.
@@ -114,6 +137,7 @@ class BodyBatches:
         ids: Tensor,
         *,
         batch_size: int,
+        part: tuple[int, int] = (0, 1),
         window: int = 120,
         train: bool,
         seed: int = 0,
@@ -131,6 +155,8 @@ class BodyBatches:
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        if not 0 <= part[0] < part[1]:
+            raise UserError(f"part must be (r, n) with 0 <= r < n, got {part}")
         if window < 1 or min_length < 1:
             raise UserError(f"window and min_length must be at least 1, got {window} and {min_length}")
         if not (len(crop) == 2 and 0 < crop[0] <= crop[1] <= 1):
@@ -154,6 +180,7 @@ class BodyBatches:
             raise UserError(f"{store.path}: {len(self.ids)} clips do not fill one batch of {batch_size}")
         self.store = store
         self.batch_size, self.window, self.train, self.seed = batch_size, window, train, seed
+        self.part = part
         self.shuffle = train if shuffle is None else shuffle
         self.drop_last = drop_last
         self.crop, self.eval_crop, self.min_length, self.rotation = crop, eval_crop, min_length, rotation
@@ -279,8 +306,10 @@ class BodyBatches:
             rows[end - count : end] = self.store.frames[source : source + count]
         return rows.to(self.device, non_blocking=True), ends - length
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[ClipBatch]:
-        """The batches of ``epoch`` from batch ``start`` on; skipping costs nothing."""
+    def epoch(self, epoch: int, start: int = 0, every: int = 1) -> Iterator[ClipBatch]:
+        """Each ``every``-th batch of ``epoch`` from batch ``start`` on; skipping costs nothing."""
         order = self.order(epoch)
-        for number in range(start, len(self)):
-            yield self.batch(order[number * self.batch_size : (number + 1) * self.batch_size], epoch)
+        part, parts = self.part
+        for number in range(start, len(self), every):
+            index = order[number * self.batch_size : (number + 1) * self.batch_size]
+            yield self.batch(index.tensor_split(parts)[part], epoch)

@@ -9,17 +9,23 @@ from jmm_fast.models.topology import make_table
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al., ECCV 2016): drop a residual branch for a whole body, scale the kept ones."""
+    """Stochastic depth (Huang et al., ECCV 2016): drop a residual branch for a whole body, scale the kept ones.
+
+    ``share = (first, all)``: the input is the bodies from ``first`` on of a batch of ``all``, for which is drawn.
+    """
 
     def __init__(self, rate: float):
         super().__init__()
         self.rate = rate
+        self.share: tuple[int, int] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.rate == 0.0 or not self.training:
             return x
         keep = 1 - self.rate
-        return x * torch.empty(x.shape[0], 1, 1, device=x.device, dtype=x.dtype).bernoulli_(keep).div_(keep)
+        first, bodies = self.share or (0, x.shape[0])
+        kept = torch.empty(bodies, 1, 1, device=x.device, dtype=x.dtype).bernoulli_(keep).div_(keep)
+        return x * kept[first : first + x.shape[0]]
 
 
 class Attention(nn.Module):

@@ -57,12 +57,19 @@ class FinetuneClassifier(nn.Module):
         self.fc1.apply(init_weights)
         self.fc2.apply(init_weights)
 
-    def forward(self, clips: Tensor, clip_of_body: Tensor, num_clips: int) -> Tensor:
-        """Logits ``[num_clips,classes]`` of the bodies ``[B,T,V,C]``."""
+    def features(self, clips: Tensor, clip_of_body: Tensor, num_clips: int) -> Tensor:
+        """Features ``[num_clips,V*d]`` of the bodies ``[B,T,V,C]``."""
         config = self.encoder.config
         tokens = self.encoder(clips).unflatten(1, (config.num_steps, config.num_joints))
-        features = mean_over_bodies(tokens.mean(1).flatten(1), clip_of_body, num_clips)
+        return mean_over_bodies(tokens.mean(1).flatten(1), clip_of_body, num_clips)
+
+    def head(self, features: Tensor) -> Tensor:
+        """Logits ``[N,classes]`` from features ``[N,V*d]``."""
         return self.fc2(torch.relu(self.norm(self.fc1(self.dropout(features)))))
+
+    def forward(self, clips: Tensor, clip_of_body: Tensor, num_clips: int) -> Tensor:
+        """Logits ``[num_clips,classes]`` of the bodies ``[B,T,V,C]``."""
+        return self.head(self.features(clips, clip_of_body, num_clips))
 
 
 def parameter_layers(model: nn.Module, depth: int) -> dict[str, int]:

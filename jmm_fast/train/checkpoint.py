@@ -7,6 +7,7 @@ fingerprint) and the SHA-256 of everything, so that a file cut short or damaged 
 import hashlib
 import json
 import re
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,16 +32,30 @@ class Checkpoint:
     record: dict
 
 
-def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, record: dict, keep: int) -> Path:
-    """Write the checkpoint of ``step`` into ``folder`` and remove all but the newest ``keep``.
-
-    Raises:
-        UserError: the folder cannot be written or the disk is full.
-    """
+def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Copies, in host memory, of all that a checkpoint of ``model`` and ``optimizer`` holds."""
     tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
     for name, state in _optimizer_state(optimizer).items():
         tensors |= {f"optimizer/{name}/{key}": value for key, value in state.items()}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    copies = {}
+    for name, value in tensors.items():
+        # From a GPU all copies are under way together, and the host waits once.
+        copies[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+        copies[name].copy_(value.detach(), non_blocking=True)
+    for device in {value.device for value in tensors.values() if value.is_cuda}:
+        torch.cuda.synchronize(device)
+    return copies
+
+
+def write(folder: Path, step: int, tensors: dict[str, Tensor], record: dict, keep: int) -> Path:
+    """Write the checkpoint of ``step`` into ``folder`` and remove all but the newest ``keep``.
+
+    Args:
+        tensors: from :func:`snapshot`.
+
+    Raises:
+        UserError: the folder cannot be written or the disk is full; the checkpoints before are as they were.
+    """
     text = json.dumps(record | {"step": step})
     path = folder / f"step-{step:09d}.safetensors"
     with atomic_path(path) as temporary:
@@ -52,6 +67,48 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
     for old in steps(folder)[:-keep]:
         (folder / f"step-{old:09d}.safetensors").unlink(missing_ok=True)
     return path
+
+
+class Writer:
+    """Writes checkpoints in a thread, one at a time, while training goes on.
+
+    Used as a context: at its end the checkpoint under way is finished. Every method raises the :class:`UserError` of
+    a checkpoint that could not be written; the end of a context that another exception leaves does not.
+
+    Args:
+        folder: of the checkpoints.
+        keep: newest checkpoints that stay.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future | None = None
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        self._thread.shutdown()
+        if kind is None:
+            self.wait()
+
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, record: dict) -> None:
+        """Copy the state of ``step`` and have it written; waits for the checkpoint before it, not for this one."""
+        self.wait()
+        tensors = snapshot(model, optimizer)
+        self._writing = self._thread.submit(write, self.folder, step, tensors, record, self.keep)
+
+    def check(self) -> None:
+        """Do nothing, unless a checkpoint could not be written."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when no checkpoint is under way."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
 
 def steps(folder: Path) -> list[int]:

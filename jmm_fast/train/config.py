@@ -46,7 +46,7 @@ class DataConfig:
     """Name of a stored split, or an expression over columns such as "subject in 0,2,4" (those train, the rest test).
     None: the stored split, where there is exactly one."""
     batch_size: int = 48
-    """Clips in a batch; a clip brings all of its bodies."""
+    """Clips in a batch, of all processes together; a clip brings all of its bodies."""
     crop: tuple[float, float] = (0.5, 1.0)
     """Range of the part of a clip that a training crop keeps."""
     eval_crop: float = 0.95
@@ -80,6 +80,8 @@ class OptimConfig:
     """Learning rate scale per block counted from the head (None: the same rate everywhere)."""
     clip_grad: float | None = None
     """Largest norm of the gradient (None: not clipped)."""
+    accumulate: int = 1
+    """Parts in which each process computes its share of a batch, one after the other: less memory, the same update."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -192,6 +194,14 @@ class RunConfig:
     """Steps between checkpoints; there is one more at the end of each epoch."""
     keep: int = 2
     """Checkpoints that are kept."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What a step does whose loss or gradient is not finite: end the run, or change no weight and go on. Either way
+    its clips are listed in nonfinite.json."""
+    nonfinite_limit: int = 10
+    """Steps in a row that may be skipped before the run ends."""
+    probe_every: int = 0
+    """Epochs between evaluations during pretraining, by linear probe (cached features) and nearest neighbours on the
+    test clips; their scores go to the metrics (0: none)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -202,8 +212,19 @@ class RunConfig:
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
 
 
-# What may differ between a run and its resumption: none of it changes the weights.
-FREE_ON_RESUME = ("device", "log_every", "checkpoint_every", "keep", "probe", "knn", "finetune")
+# What may differ between a run and its resumption: none of it changes the weights that a checkpoint can hold.
+FREE_ON_RESUME = (
+    "device",
+    "log_every",
+    "checkpoint_every",
+    "keep",
+    "nonfinite",
+    "nonfinite_limit",
+    "probe_every",
+    "probe",
+    "knn",
+    "finetune",
+)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -284,9 +305,11 @@ def check_config(config: RunConfig) -> None:
         "log_every": config.log_every,
         "checkpoint_every": config.checkpoint_every,
         "keep": config.keep,
+        "nonfinite_limit": config.nonfinite_limit,
         "data.batch_size": data.batch_size,
         "data.min_length": data.min_length,
         "probe.epochs": config.probe.epochs,
+        "optim.accumulate": config.optim.accumulate,
         "knn.k": config.knn.k,
         "finetune.epochs": fine.epochs,
         "finetune.hidden": fine.hidden,
@@ -296,6 +319,7 @@ def check_config(config: RunConfig) -> None:
     for name, value in {"probe.batch_size": config.probe.batch_size, "finetune.batch_size": fine.batch_size}.items():
         _expect(value >= 2, name, value, "at least 2")
     for name, value in {
+        "probe_every": config.probe_every,
         "probe.augment_views": config.probe.augment_views,
         "finetune.eval_every": fine.eval_every,
     }.items():
@@ -344,6 +368,8 @@ def check_config(config: RunConfig) -> None:
         _expect(optim.clip_grad is None or optim.clip_grad > 0, f"{name}.clip_grad", optim.clip_grad, "above 0")
         decay = optim.layer_decay
         _expect(decay is None or 0 < decay <= 1, f"{name}.layer_decay", decay, "above 0 and at most 1")
+    # The head's batch normalisation is over the whole batch at once.
+    _expect(fine.optim.accumulate == 1, "finetune.optim.accumulate", fine.optim.accumulate, "1 (pretraining has it)")
     # The pretraining network is more than the encoder: there is no head to count layers from.
     _expect(config.optim.layer_decay is None, "optim.layer_decay", config.optim.layer_decay, "None (finetuning has it)")
 

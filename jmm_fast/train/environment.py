@@ -13,6 +13,7 @@ import torch
 
 from jmm_fast.errors import UserError
 from jmm_fast.files import atomic_write_text
+from jmm_fast.train import distributed
 
 PACKAGES = ("torch", "numpy", "safetensors", "tyro", "PyYAML", "rich", "triton", "matplotlib", "tensorboard")
 
@@ -62,11 +63,13 @@ def cpu_name() -> str:
 def device(name: str) -> torch.device:
     """The device called ``name``; ``auto`` is the first GPU, or the CPU where there is none.
 
+    Of several processes on a machine each takes a GPU of its own.
+
     Raises:
         UserError: unknown device, or one that this machine lacks.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(name)
     except RuntimeError as error:
@@ -75,6 +78,11 @@ def device(name: str) -> torch.device:
         raise UserError(f"device is {name!r}: expected auto, cpu, cuda or cuda:N")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device is {name!r}: this machine has {torch.cuda.device_count()} GPUs that torch can use")
+    if found.type == "cuda" and distributed.size() > 1:
+        if found.index is not None:
+            raise UserError(f"device is {name!r}: expected auto, cpu or cuda, as several processes run")
+        found = torch.device("cuda", distributed.device_index(torch.cuda.device_count()))
+        torch.cuda.set_device(found)
     return found
 
 
@@ -89,6 +97,7 @@ def describe(store, on: torch.device) -> dict:
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "processes": distributed.size(),
         "system": platform.platform(),
         "data": {"path": str(store.path), "fingerprint": store.fingerprint, "clips": store.num_clips},
     }

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from jmm_fast.data import BodyBatches, ClipStore, Split
-from jmm_fast.errors import UserError
+from jmm_fast.errors import SharedError, UserError
 from jmm_fast.files import atomic_path, atomic_write_text
 from jmm_fast.models import JMMTGT, Encoder, load_encoder, pool
 from jmm_fast.ops.backend import OPS, choose
 from jmm_fast.progress import Progress
-from jmm_fast.train import checkpoint, environment
-from jmm_fast.train.config import RunConfig, check_config, load_config
+from jmm_fast.train import checkpoint, distributed, environment
+from jmm_fast.train.config import RunConfig, check_config, differences, load_config, to_dict
 from jmm_fast.train.loop import autocast
 from jmm_fast.train.metrics import read_lines
 
@@ -50,7 +50,7 @@ class Source:
         if (self.folder / "model" / "config.json").exists():
             return load_encoder(self.folder, drop_path=drop_path, backend=config.backend)
         # Still training, or stopped: the newest checkpoint holds the weights.
-        found = checkpoint.latest(self.folder / "checkpoints")
+        found = checkpoint.latest(self.folder / "checkpoints", distributed.only_first(print))
         if found is None:
             raise UserError(f"{self.folder} holds neither model/ nor a checkpoint: was it pretrained?")
         model = JMMTGT(config.model, backend=config.backend)
@@ -90,17 +90,28 @@ def open_data(path: Path, config: RunConfig, *, need_test: bool) -> tuple[ClipSt
     """The clips, their split, and ``config`` with joints and split as the data has them.
 
     Raises:
-        UserError: unreadable data, unknown split, another number of joints than the config asks for, no test clip.
+        UserError: unreadable data, unknown split, another number of joints than the config asks for, no test clip;
+            of several processes, one that has other data or another config.
     """
-    store = ClipStore.open(path)
-    split = store.split(config.data.split)
-    if need_test and len(split.test) == 0:
-        raise UserError(f"{path}: split {split.name!r} has no test clip to evaluate on")
-    data = dataclasses.replace(config.data, split=split.name)
-    config = dataclasses.replace(config, data=data)
-    check_config(config)
-    check_backend(config)
-    return store, split, config
+
+    def opened() -> tuple[ClipStore, Split, RunConfig]:
+        store = ClipStore.open(path)
+        split = store.split(config.data.split)
+        if need_test and len(split.test) == 0:
+            raise UserError(f"{path}: split {split.name!r} has no test clip to evaluate on")
+        complete = dataclasses.replace(config, data=dataclasses.replace(config.data, split=split.name))
+        check_config(complete)
+        check_backend(complete)
+        return store, split, complete
+
+    store, split, complete = distributed.together(opened)
+    told = distributed.gather((store.fingerprint, to_dict(complete)))
+    for number, (fingerprint, settings) in enumerate(told):
+        if fingerprint != told[0][0]:
+            raise SharedError(f"rank {number} has other data in {path} than rank 0: expected the same file")
+        for name, first, other in differences(told[0][1], settings):
+            raise SharedError(f"rank {number} has {name} = {other}, rank 0 has {first}: expected the same")
+    return store, split, complete
 
 
 def check_backend(config: RunConfig) -> None:
@@ -116,7 +127,7 @@ def check_backend(config: RunConfig) -> None:
 def check_joints(config: RunConfig, store: ClipStore) -> None:
     """Refuse clips with another number of joints than the network's."""
     if store.skeleton.num_joints != config.model.num_joints:
-        raise UserError(
+        raise SharedError(
             f"{store.path} has {store.skeleton.num_joints} joints ({store.skeleton.name}), "
             f"the network has {config.model.num_joints} ({config.model.skeleton})"
         )
@@ -129,6 +140,7 @@ def batches(
     *,
     train: bool,
     batch_size: int,
+    part: tuple[int, int] = (0, 1),
     seed: int,
     device: torch.device,
     shuffle: bool | None = None,
@@ -140,6 +152,7 @@ def batches(
         store,
         ids,
         batch_size=batch_size,
+        part=part,
         window=config.model.num_frames,
         train=train,
         seed=seed,
@@ -163,19 +176,27 @@ def pooled_features(
 ) -> tuple[Tensor, Tensor]:
     """Features and labels of every clip, in the order of the batches.
 
+    Several processes take turns with whole batches and tell each other the results, so that these are, bit for bit,
+    what one process computes on the same kind of machine with as many threads.
+
     Returns:
         float32 ``[N,d]``, the mean over the tokens that were seen and over bodies, and int64 ``[N]``; both on the CPU.
     """
     encoder.to(device).eval()
-    features, labels = [], []
-    with Progress(title, len(clips)) as progress:
-        for batch in clips.epoch(epoch):
+
+    def pooled():
+        for batch in clips.epoch(epoch, start=distributed.rank(), every=distributed.size()):
             with autocast(device, dtype):
                 tokens = encoder(batch.clips)
             valid = batch.valid(encoder.config.t_patch)
-            features.append(pool(tokens.float(), batch.clip_of_body, len(batch.index), valid).cpu())
-            labels.append(batch.labels.cpu())
-            progress.advance(len(batch.index))
+            yield pool(tokens.float(), batch.clip_of_body, len(batch.index), valid).cpu(), batch.labels.cpu()
+
+    features, labels = [], []
+    with Progress(title, len(clips), shown=distributed.is_first()) as progress:
+        for rows, truth in distributed.in_order(pooled(), len(clips)):
+            features.append(rows)
+            labels.append(truth)
+            progress.advance(len(truth))
     return torch.cat(features), torch.cat(labels)
 
 
@@ -227,7 +248,7 @@ def rank(logits: Tensor) -> Tensor:
 
 
 def record(folder: Path, store: ClipStore, split: Split, result: Score, *, name: str, **facts) -> dict:
-    """Write ``predictions/<name>.npz`` and append a line to ``evaluations.jsonl``.
+    """Write ``predictions/<name>.npz`` and append a line to ``evaluations.jsonl``; the first process does.
 
     Args:
         name: of the predictions; a later evaluation of the same name replaces them, its line is appended.
@@ -236,6 +257,10 @@ def record(folder: Path, store: ClipStore, split: Split, result: Score, *, name:
     Returns:
         The line.
     """
+    return distributed.from_first(lambda: _record(folder, store, split, result, name, facts))
+
+
+def _record(folder: Path, store: ClipStore, split: Split, result: Score, name: str, facts: dict) -> dict:
     with atomic_path(folder / "predictions" / f"{name}.npz") as temporary, open(temporary, "wb") as file:
         np.savez_compressed(
             file,

@@ -10,11 +10,11 @@ from typing import Literal
 import torch
 from torch.nn import functional
 
-from jmm_fast.errors import UserError
+from jmm_fast.errors import SharedError, UserError
 from jmm_fast.models import FinetuneClassifier, parameter_layers
 from jmm_fast.progress import Progress
-from jmm_fast.train import environment
-from jmm_fast.train.config import differences, load_config, save_config, to_dict
+from jmm_fast.train import distributed, environment
+from jmm_fast.train.config import FREE_ON_RESUME, differences, load_config, save_config, to_dict
 from jmm_fast.train.evaluate import Score, Source, batches, check_joints, open_data, rank, record, score, summary
 from jmm_fast.train.loop import LoopConfig, autocast, fit, step_seed
 from jmm_fast.train.metrics import read_lines
@@ -39,6 +39,9 @@ def finetune(
     test clips. ``scratch`` starts the same network from random weights and drops the layer decay, whose purpose is to
     keep pretrained layers.
 
+    Several processes share the encoder's work; each computes the head on the features of the whole batch, so that
+    batch normalisation, dropout and drop path are those of a single process.
+
     Files go to ``finetune/<encoder>[-labels<part>]/`` in the run. Resumption and determinism are those of pretraining.
 
     Args:
@@ -52,71 +55,95 @@ def finetune(
         The line written to ``evaluations.jsonl``.
     """
     if resume and overwrite:
-        raise UserError("--resume and --overwrite exclude each other: continue the run or remove it")
+        raise SharedError("--resume and --overwrite exclude each other: continue the run or remove it")
     began = time.monotonic()
+    say = distributed.only_first(say)
     store, split, config = open_data(data, source.config, need_test=True)
     settings = config.finetune
     check_joints(config, store)
     device = environment.device(config.device)
     train = store.labelled(split, settings.labels, settings.seed)
     if len(train) < 2:
-        raise UserError(f"{data}: split {split.name!r} has {len(train)} training clips, finetuning needs at least 2")
+        raise SharedError(f"{data}: split {split.name!r} has {len(train)} training clips, finetuning needs at least 2")
+    batch_size = min(settings.batch_size, len(train))
     part = "" if settings.labels == 1 else f"-labels{settings.labels:g}"
     folder = source.folder / "finetune" / f"{encoder}{part}"
     optim = settings.optim if encoder == "pretrained" else dataclasses.replace(settings.optim, layer_decay=None)
-    _prepare_folder(folder, config, resume=resume, overwrite=overwrite)
-
-    backbone = source.encoder(encoder, seed=settings.seed, drop_path=settings.drop_path)
-    torch.manual_seed(step_seed(settings.seed, 0))
-    model = FinetuneClassifier(backbone, store.num_classes, hidden=settings.hidden, dropout=settings.dropout).to(device)
-    optimizer = adamw(model, optim, layers=parameter_layers(model, config.model.depth))
-    batch_size = min(settings.batch_size, len(train))
-    clips = batches(
-        store, train, config, train=True, batch_size=batch_size, seed=settings.seed, device=device, drop_last=True
-    )
-    test = batches(store, split.test, config, train=False, batch_size=2 * batch_size, seed=0, device=device)
-
-    def loss_of(batch, _epoch: int) -> torch.Tensor:
-        logits = model(batch.clips, batch.clip_of_body, len(batch.index))
-        return functional.cross_entropy(logits.float(), batch.labels, label_smoothing=settings.label_smoothing)
-
-    def after_epoch(done: int) -> dict:
-        if not settings.eval_every or done % settings.eval_every or done == settings.epochs:
-            return {}
-        result = _evaluate(model, test, store.num_classes, device, config.dtype)
-        return {"top1": result.top1, "top5": result.top5}
-
-    save_config(folder / "config.yaml", config)
-    environment.record(folder / "environment.json", environment.describe(store, device))
-    say(
-        f"finetuning the {encoder} encoder on {len(train)} of {len(split.train)} training clips of {data}, "
-        f"{len(clips)} steps an epoch, {settings.epochs} epochs"
-    )
-    fit(
-        model,
-        optimizer,
-        clips,
-        loss_of,
-        config=LoopConfig(
-            epochs=settings.epochs,
-            warmup_epochs=settings.warmup_epochs,
-            optim=optim,
+    distributed.check_batch("finetune.batch_size", batch_size)
+    with distributed.holding(folder):
+        distributed.from_first(lambda: _prepare_folder(folder, config, resume=resume, overwrite=overwrite))
+        backbone = distributed.together(
+            lambda: source.encoder(encoder, seed=settings.seed, drop_path=settings.drop_path)
+        )
+        torch.manual_seed(step_seed(settings.seed, 0))
+        model = FinetuneClassifier(backbone, store.num_classes, hidden=settings.hidden, dropout=settings.dropout).to(
+            device
+        )
+        optimizer = adamw(model, optim, layers=parameter_layers(model, config.model.depth))
+        clips = batches(
+            store,
+            train,
+            config,
+            train=True,
+            batch_size=batch_size,
+            part=(distributed.rank(), distributed.size()),
             seed=settings.seed,
-            dtype=config.dtype,
-            log_every=config.log_every,
-            checkpoint_every=config.checkpoint_every,
-            keep=config.keep,
-        ),
-        folder=folder,
-        device=device,
-        title=f"finetune {encoder}",
-        fingerprint=store.fingerprint,
-        resume=resume,
-        after_epoch=after_epoch,
-        say=say,
-    )
-    result = _evaluate(model, test, store.num_classes, device, config.dtype)
-    seen = [(line["top1"], line["epoch"]) for line in read_lines(folder / "metrics.jsonl") if "top1" in line]
+            device=device,
+            drop_last=True,
+        )
+        test = batches(store, split.test, config, train=False, batch_size=2 * batch_size, seed=0, device=device)
+
+        def loss_of(batch, _epoch: int) -> tuple[torch.Tensor, int]:
+            # Every process computes the head, with its batch normalisation and dropout, on the clips of all of them.
+            distributed.share_drop_path(model, len(batch.clip_ids))
+            features = distributed.gather_rows(model.features(batch.clips, batch.clip_of_body, len(batch.index)))
+            labels = distributed.gather_rows(batch.labels)
+            logits = model.head(features).float()
+            return functional.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing), 1
+
+        def after_epoch(done: int) -> dict:
+            if not settings.eval_every or done % settings.eval_every or done == settings.epochs:
+                return {}
+            result = _evaluate(model, test, store.num_classes, device, config.dtype)
+            return {"top1": result.top1, "top5": result.top5}
+
+        def write_settings() -> None:
+            save_config(folder / "config.yaml", config)
+            environment.record(folder / "environment.json", environment.describe(store, device))
+
+        distributed.from_first(write_settings)
+        say(
+            f"finetuning the {encoder} encoder on {len(train)} of {len(split.train)} training clips of {data}, "
+            f"{len(clips)} steps an epoch, {settings.epochs} epochs"
+        )
+        fit(
+            model,
+            optimizer,
+            clips,
+            loss_of,
+            config=LoopConfig(
+                epochs=settings.epochs,
+                warmup_epochs=settings.warmup_epochs,
+                optim=optim,
+                seed=settings.seed,
+                dtype=config.dtype,
+                log_every=config.log_every,
+                checkpoint_every=config.checkpoint_every,
+                keep=config.keep,
+                nonfinite=config.nonfinite,
+                nonfinite_limit=config.nonfinite_limit,
+            ),
+            folder=folder,
+            device=device,
+            title=f"finetune {encoder}",
+            fingerprint=store.fingerprint,
+            resume=resume,
+            after_epoch=after_epoch,
+            say=say,
+        )
+        result = _evaluate(model, test, store.num_classes, device, config.dtype)
+    lines = distributed.from_first(lambda: read_lines(folder / "metrics.jsonl"))
+    seen = [(line["top1"], line["epoch"]) for line in lines if "top1" in line]
     best, best_epoch = max([*seen, (result.top1, settings.epochs)])
     line = record(
         source.folder,
@@ -143,14 +170,19 @@ def finetune(
 @torch.no_grad()
 def _evaluate(model: FinetuneClassifier, test, num_classes: int, device: torch.device, dtype: str) -> Score:
     model.eval()
-    ranking, labels = [], []
-    with Progress("test clips", len(test)) as progress:
-        for batch in test.epoch(0):
+
+    def ranked():
+        for batch in test.epoch(0, start=distributed.rank(), every=distributed.size()):
             with autocast(device, dtype):
                 logits = model(batch.clips, batch.clip_of_body, len(batch.index))
-            ranking.append(rank(logits.float()).cpu())
-            labels.append(batch.labels.cpu())
-            progress.advance(len(batch.index))
+            yield rank(logits.float()).cpu(), batch.labels.cpu()
+
+    ranking, labels = [], []
+    with Progress("test clips", len(test), shown=distributed.is_first()) as progress:
+        for best, truth in distributed.in_order(ranked(), len(test)):
+            ranking.append(best)
+            labels.append(truth)
+            progress.advance(len(truth))
     return score(torch.cat(ranking), torch.cat(labels), num_classes)
 
 
@@ -158,14 +190,18 @@ def _prepare_folder(folder: Path, config, *, resume: bool, overwrite: bool) -> N
     if not (folder / "config.yaml").exists():
         return
     if overwrite:
-        shutil.rmtree(folder)
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != ".lock":  # It is held: a new file of its name would be another lock.
+                path.unlink()
         return
     if not resume:
         raise UserError(f"{folder} already holds a finetuning: --resume continues it, --overwrite removes it")
     before, now = to_dict(load_config(folder / "config.yaml")), to_dict(config)
     # The other protocols' settings and the pace of writing do not change these weights.
     for values in (before, now):
-        for name in ("probe", "knn", "device", "log_every", "checkpoint_every", "keep"):
+        for name in set(FREE_ON_RESUME) - {"finetune"}:
             values.pop(name)
         values["finetune"].pop("eval_every")
     changed = differences(before, now)

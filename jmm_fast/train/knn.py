@@ -9,12 +9,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from jmm_fast import ops
-from jmm_fast.data import ClipStore
+from jmm_fast.data import ClipStore, Split
 from jmm_fast.data.batches import to_modality
+from jmm_fast.models import Encoder
 from jmm_fast.skeleton import Skeleton
-from jmm_fast.train import environment
+from jmm_fast.train import distributed, environment
+from jmm_fast.train.config import RunConfig
 from jmm_fast.train.evaluate import (
     EncoderKind,
+    Score,
     Source,
     batches,
     check_joints,
@@ -50,6 +53,7 @@ def knn(
         The line written to ``evaluations.jsonl``.
     """
     began = time.monotonic()
+    say = distributed.only_first(say)
     store, split, config = open_data(data, source.config, need_test=True)
     settings = config.knn
     if raw:
@@ -57,42 +61,16 @@ def knn(
             raw_poses(store, ids, settings.frames, settings.root, config.data.modality)
             for ids in (split.train, split.test)
         )
-        similarity = lambda rows: -torch.cdist(rows, train)  # noqa: E731
+        result = _neighbour_score(lambda rows: -torch.cdist(rows, train), train, test, store, split, settings.k)
     else:
         check_joints(config, store)
-        device = environment.device(config.device)
-        backbone = source.encoder(encoder, seed=settings.seed)
-
-        def features(ids: Tensor, title: str, view: int | None) -> Tensor:
-            clips = batches(
-                store,
-                ids,
-                config,
-                train=view is not None,
-                batch_size=config.data.batch_size,
-                seed=settings.seed,
-                device=device,
-                shuffle=False,
-            )
-            return pooled_features(backbone, clips, device=device, dtype=config.dtype, title=title, epoch=view or 0)[0]
-
-        views = range(settings.augment_views) if settings.augment_views else (None,)
-        train = torch.cat([features(split.train, "features of training clips", view) for view in views])
-        test = features(split.test, "features of test clips", None)
-        if settings.standardize:
-            mean, deviation = train.mean(0), train.std(0).clamp(min=1e-6)
-            train, test = (train - mean) / deviation, (test - mean) / deviation
-        train, test = functional.normalize(train, dim=1), functional.normalize(test, dim=1)
-        similarity = lambda rows: rows @ train.T  # noqa: E731
-    labels = store.labels[split.train].repeat(len(train) // len(split.train))
-    ranking = torch.cat(
-        [neighbour_ranking(similarity(rows), labels, settings.k, store.num_classes) for rows in test.split(1024)]
-    )
+        backbone = distributed.together(lambda: source.encoder(encoder, seed=settings.seed))
+        result = knn_score(backbone, store, split, config, environment.device(config.device))
     line = record(
         source.folder,
         store,
         split,
-        score(ranking, store.labels[split.test], store.num_classes),
+        result,
         name=f"knn-{'raw' if raw else encoder}",
         protocol="knn",
         encoder="raw" if raw else encoder,
@@ -109,6 +87,46 @@ def knn(
     )
     say(summary(line))
     return line
+
+
+def knn_score(encoder: Encoder, store: ClipStore, split: Split, config: RunConfig, device: torch.device) -> Score:
+    """Score of the nearest neighbours among the features of ``encoder``; settings: ``config.knn``."""
+    settings = config.knn
+
+    def features(ids: Tensor, title: str, view: int | None) -> Tensor:
+        clips = batches(
+            store,
+            ids,
+            config,
+            train=view is not None,
+            batch_size=config.data.batch_size,
+            seed=settings.seed,
+            device=device,
+            shuffle=False,
+        )
+        return pooled_features(encoder, clips, device=device, dtype=config.dtype, title=title, epoch=view or 0)[0]
+
+    views = range(settings.augment_views) if settings.augment_views else (None,)
+    train = torch.cat([features(split.train, "features of training clips", view) for view in views])
+    test = features(split.test, "features of test clips", None)
+    if settings.standardize:
+        mean, deviation = train.mean(0), train.std(0).clamp(min=1e-6)
+        train, test = (train - mean) / deviation, (test - mean) / deviation
+    train, test = functional.normalize(train, dim=1), functional.normalize(test, dim=1)
+    return _neighbour_score(lambda rows: rows @ train.T, train, test, store, split, settings.k)
+
+
+def _neighbour_score(
+    similarity: Callable[[Tensor], Tensor], train: Tensor, test: Tensor, store: ClipStore, split: Split, k: int
+) -> Score:
+    labels = store.labels[split.train].repeat(len(train) // len(split.train))
+    parts = test.split(1024)
+    ranked = (
+        neighbour_ranking(similarity(rows), labels, k, store.num_classes)
+        for rows in parts[distributed.rank() :: distributed.size()]
+    )
+    ranking = torch.cat(list(distributed.in_order(ranked, len(parts))))
+    return score(ranking, store.labels[split.test], store.num_classes)
 
 
 def neighbour_ranking(similarity: Tensor, labels: Tensor, k: int, num_classes: int) -> Tensor:

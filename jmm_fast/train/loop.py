@@ -6,25 +6,31 @@ continues from any checkpoint takes the same steps, bit for bit, on the same CPU
 """
 
 import contextlib
-import math
+import functools
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
-from jmm_fast.errors import UserError
+from jmm_fast.errors import SharedError
 from jmm_fast.progress import Progress
-from jmm_fast.train import checkpoint
+from jmm_fast.train import checkpoint, distributed
 from jmm_fast.train.config import OptimConfig
+from jmm_fast.train.ledger import Ledger, Step
 from jmm_fast.train.metrics import Metrics
 from jmm_fast.train.optim import set_learning_rate
 from jmm_fast.train.schedule import learning_rate
+from jmm_fast.train.trace import Trace, named
+
+PARTS = ("data", "forward", "backward", "update", "save and log")
 
 
 class Stopped(KeyboardInterrupt):
@@ -47,6 +53,8 @@ class LoopConfig:
     log_every: int
     checkpoint_every: int
     keep: int
+    nonfinite: Literal["stop", "skip"] = "stop"
+    nonfinite_limit: int = 10
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -75,49 +83,55 @@ def train_step(
     step: int,
     dtype: str = "float32",
     clip_grad: float | None = None,
-) -> tuple[float, float | None]:
-    """Forward, loss, backward, clip, update.
+    gradients: Callable[[Callable], Tensor] | None = None,
+    buffers: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor]:
+    """Forward, loss, backward, clip, update; the host waits for none of it.
 
     Args:
         loss_of: computes the scalar loss of the step's batch.
+        optimizer: a fused one; the others do not look at ``found_inf``.
         rate: learning rate before each group's scale.
         seed, step: dropout and drop path draw from generators seeded with both.
+        clip_grad: the gradient is scaled down to this norm where it is longer.
+        gradients: in place of ``loss_of``: leaves the gradients in the parameters and returns the loss; computes the
+            forward pass in the context that its argument makes.
+        buffers: what the forward pass changes besides: running statistics.
 
     Returns:
-        The loss and, when gradients are clipped, their norm before that.
-
-    Raises:
-        UserError: the loss is not finite; the weights are as before the step.
+        The loss and the norm of the gradient before it was clipped, scalars on the device. Where either is not finite,
+        weights, buffers and optimiser are as before the step.
     """
     torch.manual_seed(step_seed(seed, step))
     set_learning_rate(optimizer, rate)
-    with autocast(device, dtype):
-        loss = loss_of()
-    value = loss.item()
-    if not math.isfinite(value):
-        raise UserError(
-            f"the loss is {value} at step {step} (learning rate {rate:.2e}): try a smaller optim.lr, "
-            "optim.clip_grad 1.0 or dtype float32"
-        )
+    before = [buffer.clone() for buffer in buffers]
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = None
-    if clip_grad is not None:
+    if gradients is not None:
+        loss = gradients(lambda: autocast(device, dtype))
+    else:
+        with record_function("forward"), autocast(device, dtype):
+            loss = loss_of()
+        with record_function("backward"):
+            loss.backward()
+        loss = loss.detach()
+    with record_function("update"):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(gradients).item()
-        if not norm <= clip_grad:
-            # Most steps are within the bound, and then the gradients need not be written again.
-            nn.utils.clip_grads_with_norm_(parameters, clip_grad, torch.tensor(norm))
-    optimizer.step()
-    return value, norm
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        bad = ~(loss.isfinite() & norm.isfinite())
+        # Both are read by the kernel of the update: a branch here would wait for the device.
+        optimizer.found_inf = bad.float()
+        optimizer.grad_scale = None if clip_grad is None else (norm / clip_grad).clamp(min=1)
+        optimizer.step()
+        for buffer, old in zip(buffers, before, strict=True):
+            buffer.copy_(torch.where(bad, old, buffer))
+    return loss, norm
 
 
 def fit(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches,
-    loss_of: Callable[[object, int], Tensor],
+    loss_of: Callable[[object, int], tuple[Tensor, Tensor | int]],
     *,
     config: LoopConfig,
     folder: Path,
@@ -125,69 +139,83 @@ def fit(
     title: str,
     fingerprint: str,
     resume: bool = False,
+    profile: bool = False,
     after_epoch: Callable[[int], dict] | None = None,
     say: Callable[[str], None] = print,
 ) -> float:
     """Train ``model`` for ``config.epochs``, leaving ``metrics.jsonl`` and ``checkpoints/`` in ``folder``.
 
+    The host waits for the device every ``config.log_every`` steps, before a checkpoint and after an epoch, not in
+    between. SIGUSR1 asks for a checkpoint after the step in hand. Of several processes
+    (:mod:`jmm_fast.train.distributed`) the first reads and writes the files.
+
     Args:
         batches: ``len(batches)`` steps an epoch; ``batches.epoch(e, start)`` iterates over the batches of epoch ``e``
-            from number ``start`` on.
-        loss_of: ``(batch, epoch) -> loss``; called in training mode.
+            from number ``start`` on; of several processes, over this one's part of each.
+        loss_of: ``(batch, epoch) -> (loss, weight)``, the mean over ``weight`` terms; called in training mode.
         fingerprint: of the data; a run is not continued on other data.
         resume: continue from the newest whole checkpoint of ``folder``, if there is one.
+        profile: write where the time of a few steps goes to ``profile/``.
         after_epoch: called with the number of finished epochs; the numbers that it returns go to the metrics.
 
     Returns:
         Seconds of training, over all launches.
 
     Raises:
-        UserError: no batch, loss not finite, checkpoint of another network or other data, nothing can be written.
+        UserError: no batch, checkpoint of another network or other data, nothing can be written; loss or gradient not
+            finite (the batch is in ``nonfinite.json``), by the policy of ``config``.
         Stopped: on SIGINT or SIGTERM, after the checkpoint is saved.
     """
     per_epoch = len(batches)
     if per_epoch == 0:
-        raise UserError("the training split gives no batch: it holds no clip, or fewer than one batch of them")
+        raise SharedError("the training split gives no batch: it holds no clip, or fewer than one batch of them")
     total = per_epoch * config.epochs
     folder_of_checkpoints = folder / "checkpoints"
-    state = {"epoch_loss": 0.0, "epoch_steps": 0, "log_loss": 0.0, "log_steps": 0, "seconds": 0.0}
-    step = 0
-    for leftover in folder.rglob(".*.part"):
-        # A writer that was killed cannot remove its temporary file.
-        leftover.unlink(missing_ok=True)
-    if not resume and folder_of_checkpoints.exists():
-        shutil.rmtree(folder_of_checkpoints)
-    found = checkpoint.latest(folder_of_checkpoints, say) if resume else None
+    ledger = Ledger(folder, config.nonfinite, config.nonfinite_limit, say)
+    step, seconds = 0, 0.0
+
+    def open_checkpoints() -> checkpoint.Checkpoint | None:
+        for leftover in folder.rglob(".*.part"):
+            # A writer that was killed cannot remove its temporary file.
+            leftover.unlink(missing_ok=True)
+        if not resume and folder_of_checkpoints.exists():
+            shutil.rmtree(folder_of_checkpoints)
+        return checkpoint.latest(folder_of_checkpoints, say) if resume else None
+
+    found = distributed.from_first(open_checkpoints)
     if found is not None:
         if found.record["fingerprint"] != fingerprint:
-            raise UserError(f"{folder} was trained on other data than the file given: a resumed run keeps its data")
+            raise SharedError(f"{folder} was trained on other data than the file given: a resumed run keeps its data")
         if found.record["per_epoch"] != per_epoch:
-            raise UserError(
+            raise SharedError(
                 f"{found.path}: an epoch had {found.record['per_epoch']} steps, now it would have {per_epoch}: "
                 "a resumed run keeps its split and batch size"
             )
-        checkpoint.restore(found, model, optimizer)
-        step = found.record["step"]
-        state = {name: found.record[name] for name in state}
+        distributed.together(lambda: checkpoint.restore(found, model, optimizer))
+        step, seconds = found.record["step"], found.record["seconds"]
+        ledger.state = {name: found.record.get(name, value) for name, value in ledger.state.items()}
         say(f"continuing after step {step} of {total}")
     elif resume:
         say("no checkpoint yet: starting from the beginning")
 
-    began = time.monotonic() - state["seconds"]
+    first = distributed.is_first()
+    accumulate = config.optim.accumulate
+    shared = distributed.Shared(model, loss_of, accumulate) if distributed.size() * accumulate > 1 else None
+    began = time.monotonic() - seconds
     logged = time.monotonic()
     logged_samples = 0
-
-    def save() -> None:
-        state["seconds"] = time.monotonic() - began
-        record = state | {"fingerprint": fingerprint, "per_epoch": per_epoch}
-        checkpoint.save(folder_of_checkpoints, step, model, optimizer, record, config.keep)
-
-    metrics = Metrics(folder, step)
+    buffers = [value for value in model.state_dict(keep_vars=True).values() if not isinstance(value, nn.Parameter)]
+    metrics = Metrics(folder, step, written=first)
     try:
-        with _Signals() as signals, Progress(title, total, step) as progress:
+        with (
+            _Signals() as signals,
+            checkpoint.Writer(folder_of_checkpoints, config.keep) as writer,
+            Progress(title, total, step, shown=first) as progress,
+            Trace(folder / "profile", device, PARTS, say) if profile and first else contextlib.nullcontext() as trace,
+        ):
             for epoch in range(step // per_epoch, config.epochs):
                 model.train()
-                for batch in batches.epoch(epoch, start=step % per_epoch):
+                for batch in named("data", batches.epoch(epoch, start=step % per_epoch)):
                     rate = learning_rate(
                         step / per_epoch,
                         lr=config.optim.lr,
@@ -196,7 +224,7 @@ def fit(
                         epochs=config.epochs,
                     )
                     loss, norm = train_step(
-                        lambda batch=batch, epoch=epoch: loss_of(batch, epoch),
+                        lambda batch=batch, epoch=epoch: loss_of(batch, epoch)[0],
                         optimizer,
                         device=device,
                         rate=rate,
@@ -204,56 +232,74 @@ def fit(
                         step=step,
                         dtype=config.dtype,
                         clip_grad=config.optim.clip_grad,
+                        gradients=None if shared is None else functools.partial(shared.backward, batch, epoch),
+                        buffers=buffers,
                     )
+                    ledger.add(Step(step=step, epoch=epoch, rate=rate, index=batch.index, loss=loss, norm=norm))
                     step += 1
-                    samples = len(batch.index)
+                    # Several processes stop together, after the step in which all learned of the signal.
+                    samples, stop, wanted = distributed.exchange(len(batch.index), *signals.take())
                     logged_samples += samples
-                    for name in ("epoch", "log"):
-                        state[f"{name}_loss"] += loss
-                        state[f"{name}_steps"] += 1
-                    progress.advance(samples, f"epoch {epoch + 1}/{config.epochs}  loss {loss:.4f}")
-                    if step % config.log_every == 0 or step == total:
-                        now = time.monotonic()
-                        metrics.write(
-                            "train",
-                            step,
-                            epoch=step / per_epoch,
-                            loss=state["log_loss"] / state["log_steps"],
-                            lr=rate,
-                            samples_per_s=logged_samples / max(now - logged, 1e-9),
-                            **({} if norm is None else {"grad_norm": norm}),
-                            time=now - began,
-                        )
-                        logged, logged_samples = now, 0
-                        state["log_loss"], state["log_steps"] = 0.0, 0
-                    if step % per_epoch == 0:
-                        values = {"loss": state["epoch_loss"] / state["epoch_steps"]}
-                        state["epoch_loss"], state["epoch_steps"] = 0.0, 0
-                        if after_epoch is not None:
-                            values |= after_epoch(epoch + 1)
-                        metrics.write("epoch", step, epoch=epoch + 1, **values, time=time.monotonic() - began)
-                    if step % per_epoch == 0 or step % config.checkpoint_every == 0 or signals.caught:
-                        save()
-                    if signals.caught and step < total:
+                    logs = step % config.log_every == 0 or step == total
+                    saves = step % per_epoch == 0 or step % config.checkpoint_every == 0 or stop or wanted
+                    with record_function("save and log"):
+                        if logs or saves:
+                            ledger.read()
+                        last = "" if ledger.state["loss"] is None else f"  loss {ledger.state['loss']:.4f}"
+                        progress.advance(samples, f"epoch {epoch + 1}/{config.epochs}{last}")
+                        if logs:
+                            now = time.monotonic()
+                            mean = ledger.mean("log")
+                            if mean is not None:
+                                metrics.write(
+                                    "train",
+                                    step,
+                                    epoch=step / per_epoch,
+                                    loss=mean,
+                                    lr=rate,
+                                    samples_per_s=logged_samples / max(now - logged, 1e-9),
+                                    grad_norm=ledger.state["norm"],
+                                    **({"skipped": ledger.state["skipped"]} if ledger.state["skipped"] else {}),
+                                    time=now - began,
+                                )
+                            logged, logged_samples = now, 0
+                        if step % per_epoch == 0:
+                            mean = ledger.mean("epoch")
+                            values = {} if mean is None else {"loss": mean}
+                            if after_epoch is not None:
+                                values |= after_epoch(epoch + 1)
+                            metrics.write("epoch", step, epoch=epoch + 1, **values, time=time.monotonic() - began)
+                        writer.check()
+                        if saves:
+                            seconds = time.monotonic() - began
+                            state = {"fingerprint": fingerprint, "per_epoch": per_epoch, "seconds": seconds}
+                            if first:
+                                writer.save(step, model, optimizer, ledger.state | state)
+                    if wanted:
+                        say(f"checkpoint of step {step} of {total} asked for by a signal")
+                    if stop and step < total:
+                        writer.wait()
                         raise Stopped(
-                            f"stopped after step {step} of {total}, checkpoint saved: --resume continues",
-                            signals.caught,
+                            f"stopped after step {step} of {total}, checkpoint saved: --resume continues", stop
                         )
+                    if trace is not None:
+                        trace.step()
     finally:
         metrics.close()
-    return state["seconds"]
+    return seconds
 
 
 class _Signals:
-    """Remembers SIGINT and SIGTERM so that the step in hand can end; a second one acts at once."""
+    """Remembers signals so that the step in hand can end; a second SIGINT or SIGTERM acts at once."""
 
     def __init__(self) -> None:
-        self.caught = 0
+        self._stop = 0
+        self._wanted = False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "_Signals":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 self._before[number] = signal.signal(number, self._catch)
         return self
 
@@ -261,7 +307,15 @@ class _Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def take(self) -> tuple[int, bool]:
+        """Which of SIGINT and SIGTERM came, or 0, and whether SIGUSR1 asked for a checkpoint since the last call."""
+        wanted, self._wanted = self._wanted, False
+        return self._stop, wanted
+
     def _catch(self, number: int, _frame) -> None:
-        if self.caught:
+        if number == signal.SIGUSR1:
+            self._wanted = True
+        elif self._stop:
             raise KeyboardInterrupt
-        self.caught = number
+        else:
+            self._stop = number

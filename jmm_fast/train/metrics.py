@@ -48,13 +48,17 @@ class Metrics:
     Args:
         folder: the run; lines go to ``metrics.jsonl``, events to ``tensorboard/``.
         step: step that the run continues from: later lines are cut, later events are marked as superseded.
+        written: False writes nothing (a process that is not the first of several).
 
     Raises:
         UserError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, step: int = 0) -> None:
+    def __init__(self, folder: Path, step: int = 0, *, written: bool = True) -> None:
         self.path = folder / "metrics.jsonl"
+        self._file = self._events = None
+        if not written:
+            return
         cut_after(self.path, step)
         with _writing(self.path):
             folder.mkdir(parents=True, exist_ok=True)
@@ -64,6 +68,8 @@ class Metrics:
 
     def write(self, kind: str, step: int, **values) -> None:
         """Append one line and one event per number."""
+        if self._file is None:
+            return
         with _writing(self.path):
             self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             self._file.flush()
@@ -74,6 +80,8 @@ class Metrics:
                         self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
+        if self._file is None:
+            return
         with _writing(self.path):
             self._file.close()
         if self._events is not None:

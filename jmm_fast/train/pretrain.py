@@ -1,6 +1,8 @@
 """Masked motion pretraining: the driver behind ``jmm-fast pretrain``."""
 
+import copy
 import dataclasses
+import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,20 +11,24 @@ import torch
 
 from jmm_fast import ops
 from jmm_fast import skeleton as layouts
-from jmm_fast.data import ClipStore
-from jmm_fast.errors import UserError
+from jmm_fast.data import ClipStore, Split
+from jmm_fast.errors import SharedError, UserError
 from jmm_fast.models import JMMTGT, ModelConfig
-from jmm_fast.train import environment
+from jmm_fast.train import distributed, environment
 from jmm_fast.train.config import FREE_ON_RESUME, RunConfig, differences, load_config, save_config, to_dict
 from jmm_fast.train.evaluate import batches, check_joints, open_data
+from jmm_fast.train.knn import knn_score
 from jmm_fast.train.loop import LoopConfig, fit
 from jmm_fast.train.optim import adamw
+from jmm_fast.train.probe import linear_score
 
 # All that a run leaves in its folder: what --overwrite removes. config.yaml, which tells a run from any other folder,
 # goes last: an interrupted removal can be repeated.
 CONTENTS = (
     "environment.json",
     "metrics.jsonl",
+    "nonfinite.json",
+    "profile",
     "evaluations.jsonl",
     "tensorboard",
     "checkpoints",
@@ -42,6 +48,7 @@ def pretrain(
     out: Path,
     resume: bool = False,
     overwrite: bool = False,
+    profile: bool = False,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Pretrain a model on the training clips of a split.
@@ -50,26 +57,53 @@ def pretrain(
     in ``out``. Deterministic on the CPU for a number of threads; a resumed run ends with the weights of one that was
     never interrupted, bit for bit.
 
+    Several processes (:mod:`jmm_fast.train.distributed`) share each batch by clips; order, crops, masks and loss are
+    those of a single process, so that loss and weights differ by rounding alone.
+
     Args:
         config: what to train; joints follow the data where the config leaves them at the default layout.
         data: a clip store.
         out: the run folder.
         resume: continue from the newest checkpoint; everything that decides the weights must be as before.
         overwrite: remove the run that is there.
+        profile: write where the time of a few steps goes to ``profile/``.
 
     Raises:
-        UserError: bad data, config or folder; another config or other data than the run that is resumed.
+        UserError: bad data, config or folder; another config or other data than the run that is resumed; another
+            process that writes to ``out``; loss or gradient not finite; disk full.
         Stopped: on SIGINT or SIGTERM, with the checkpoint saved.
     """
     data, out = Path(data), Path(out)
+    say = distributed.only_first(say)
     if resume and overwrite:
-        raise UserError("--resume and --overwrite exclude each other: continue the run or remove it")
+        raise SharedError("--resume and --overwrite exclude each other: continue the run or remove it")
+    store, split, config = open_data(data, config, need_test=config.probe_every > 0)
     device = environment.device(config.device)
-    store, split, config = open_data(data, config, need_test=False)
     config = dataclasses.replace(config, model=_with_layout(config.model, store))
     check_joints(config, store)
-    _prepare_folder(out, config, resume=resume, overwrite=overwrite)
+    distributed.check_batch("data.batch_size", config.data.batch_size, config.optim.accumulate)
+    check = functools.partial(_check_folder, out, config, resume=resume, overwrite=overwrite)
+    distributed.from_first(check)
+    with distributed.holding(out):
+        # Once more: what held the folder until now may have left a run.
+        distributed.from_first(check)
+        if overwrite:
+            distributed.from_first(lambda: _remove(out))
+        _train(config, store, split, device, out, resume=resume, profile=profile, say=say)
+    return out
 
+
+def _train(
+    config: RunConfig,
+    store: ClipStore,
+    split: Split,
+    device: torch.device,
+    out: Path,
+    *,
+    resume: bool,
+    profile: bool,
+    say: Callable[[str], None],
+) -> None:
     torch.manual_seed(config.seed)
     model = JMMTGT(config.model, backend=config.backend).to(device)
     optimizer = adamw(model, config.optim)
@@ -79,12 +113,13 @@ def pretrain(
         config,
         train=True,
         batch_size=config.data.batch_size,
+        part=(distributed.rank(), distributed.size()),
         seed=config.seed,
         device=device,
         drop_last=len(split.train) > config.data.batch_size,
     )
 
-    def loss_of(batch, epoch: int) -> torch.Tensor:
+    def loss_of(batch, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
         mask = ops.motion_mask(
             batch.clips,
             mask_ratio=config.mask.mask_ratio,
@@ -98,23 +133,37 @@ def pretrain(
             valid=batch.valid(config.model.t_patch),
             backend=config.backend,
         )
-        return ops.motion_loss(
+        known = batch.predictable(config.model.t_patch, config.loss.stride)
+        loss = ops.motion_loss(
             model(batch.clips, mask, masked_only=config.backend != "reference").float(),
             batch.clips,
             mask.mask,
             t_patch=config.model.t_patch,
             stride=config.loss.stride,
             normalize=config.loss.normalize,
-            valid=batch.predictable(config.model.t_patch, config.loss.stride),
+            valid=known,
             backend=config.backend,
         )
+        return loss, (mask.mask if known is None else mask.mask & known).sum()
 
-    save_config(out / "config.yaml", config)
-    environment.record(out / "environment.json", environment.describe(store, device))
+    def after_epoch(done: int) -> dict:
+        if not config.probe_every or done % config.probe_every:
+            return {}
+        # The probe freezes what it is given.
+        encoder = copy.deepcopy(model.encoder)
+        cached = dataclasses.replace(config, probe=dataclasses.replace(config.probe, features="cached"))
+        linear = linear_score(encoder, store, split, cached, device)
+        return {"linear_top1": linear.top1, "knn_top1": knn_score(encoder, store, split, cached, device).top1}
+
+    def write_settings() -> None:
+        save_config(out / "config.yaml", config)
+        environment.record(out / "environment.json", environment.describe(store, device))
+
+    distributed.from_first(write_settings)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     say(
         f"pretraining {config.recipe} ({config.mask.variant}, topology {config.model.topology}, {parameters:,} "
-        f"parameters) on {len(split.train)} clips of {data}, {len(clips)} steps an epoch, {config.epochs} epochs"
+        f"parameters) on {len(split.train)} clips of {store.path}, {len(clips)} steps an epoch, {config.epochs} epochs"
     )
     fit(
         model,
@@ -130,20 +179,23 @@ def pretrain(
             log_every=config.log_every,
             checkpoint_every=config.checkpoint_every,
             keep=config.keep,
+            nonfinite=config.nonfinite,
+            nonfinite_limit=config.nonfinite_limit,
         ),
         folder=out,
         device=device,
         title="pretrain",
         fingerprint=store.fingerprint,
         resume=resume,
+        profile=profile,
+        after_epoch=after_epoch,
         say=say,
     )
-    model.save_pretrained(out / "model")
+    distributed.from_first(lambda: model.save_pretrained(out / "model"))
     say(f"model written to {out / 'model'}")
-    return out
 
 
-def _prepare_folder(out: Path, config: RunConfig, *, resume: bool, overwrite: bool) -> None:
+def _check_folder(out: Path, config: RunConfig, *, resume: bool, overwrite: bool) -> None:
     """Refuse a folder that holds something else, a run that nobody said what to do with, or another run's config."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: --out needs a folder")
@@ -153,12 +205,6 @@ def _prepare_folder(out: Path, config: RunConfig, *, resume: bool, overwrite: bo
     if "config.yaml" not in held:
         raise UserError(f"{out} is not empty and holds no run (it has {held[0]}): choose another --out")
     if overwrite:
-        for name in CONTENTS:
-            path = out / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
         return
     if not resume:
         raise UserError(f"{out} already holds a run: --resume continues it, --overwrite removes it")
@@ -169,6 +215,15 @@ def _prepare_folder(out: Path, config: RunConfig, *, resume: bool, overwrite: bo
     if changed:
         name, old, new = changed[0]
         raise UserError(f"{out} was started with {name} = {old}, not {new}: a resumed run keeps its settings")
+
+
+def _remove(out: Path) -> None:
+    for name in CONTENTS:
+        path = out / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _with_layout(model: ModelConfig, store: ClipStore) -> ModelConfig:

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from jmm_fast.errors import UserError
-from jmm_fast.models import LinearProbe
+from jmm_fast.data import ClipStore, Split
+from jmm_fast.errors import SharedError
+from jmm_fast.models import Encoder, LinearProbe
 from jmm_fast.progress import Progress
-from jmm_fast.train import environment
-from jmm_fast.train.config import ProbeConfig
+from jmm_fast.train import distributed, environment
+from jmm_fast.train.config import ProbeConfig, RunConfig
 from jmm_fast.train.evaluate import (
     EncoderKind,
+    Score,
     Source,
     batches,
     check_joints,
@@ -49,41 +51,17 @@ def probe(
         The line written to ``evaluations.jsonl``.
     """
     began = time.monotonic()
+    say = distributed.only_first(say)
     store, split, config = open_data(data, source.config, need_test=True)
     settings = config.probe
     check_joints(config, store)
-    if len(split.train) < 2:
-        raise UserError(f"{data}: split {split.name!r} has {len(split.train)} training clips, a probe needs at least 2")
-    device = environment.device(config.device)
-    backbone = source.encoder(encoder, seed=settings.seed)
-    torch.manual_seed(step_seed(settings.seed, 0))
-    model = LinearProbe(backbone, store.num_classes).to(device)
-
-    batch_size = min(settings.batch_size, len(split.train))
-    views = batches(
-        store, split.train, config, train=True, batch_size=batch_size, seed=settings.seed, device=device, drop_last=True
-    )
-    if settings.features == "online":
-        steps = len(views)
-        epochs = _online(model, views, device, config.dtype)
-    else:
-        features, labels = _cached(model, store, split.train, config, device)
-        steps = len(split.train) // batch_size
-        epochs = _shuffled(features, labels, batch_size, settings.seed)
-    _train_head(model, epochs, steps, settings, device, say)
-
-    model.eval()
-    test = batches(store, split.test, config, train=False, batch_size=2 * batch_size, seed=0, device=device)
-    features, labels = pooled_features(
-        model.encoder, test, device=device, dtype=config.dtype, title="features of test clips"
-    )
-    with torch.no_grad():
-        logits = model.head(features.to(device)).cpu()
+    backbone = distributed.together(lambda: source.encoder(encoder, seed=settings.seed))
+    result = linear_score(backbone, store, split, config, environment.device(config.device))
     line = record(
         source.folder,
         store,
         split,
-        score(rank(logits), labels, store.num_classes),
+        result,
         name=f"linear-{encoder}",
         protocol="linear",
         encoder=encoder,
@@ -99,13 +77,56 @@ def probe(
     return line
 
 
+def linear_score(encoder: Encoder, store: ClipStore, split: Split, config: RunConfig, device: torch.device) -> Score:
+    """Score of a linear classifier on the features of ``encoder``; settings: ``config.probe``.
+
+    Several processes share the encoder's work; the head, which is small, each trains alike.
+    """
+    settings = config.probe
+    if len(split.train) < 2:
+        raise SharedError(
+            f"{store.path}: split {split.name!r} has {len(split.train)} training clips, a probe needs at least 2"
+        )
+    torch.manual_seed(step_seed(settings.seed, 0))
+    model = LinearProbe(encoder, store.num_classes).to(device)
+    batch_size = min(settings.batch_size, len(split.train))
+    views = batches(
+        store, split.train, config, train=True, batch_size=batch_size, seed=settings.seed, device=device, drop_last=True
+    )
+    if settings.features == "online":
+        steps = len(views)
+        epochs = _online(model, views, device, config.dtype)
+    else:
+        features, labels = _cached(model, store, split.train, config, device)
+        steps = len(split.train) // batch_size
+        epochs = _shuffled(features, labels, batch_size, settings.seed)
+    _train_head(model, epochs, steps, settings)
+
+    model.eval()
+    test = batches(store, split.test, config, train=False, batch_size=2 * batch_size, seed=0, device=device)
+    features, labels = pooled_features(
+        model.encoder, test, device=device, dtype=config.dtype, title="features of test clips"
+    )
+    with torch.no_grad():
+        logits = model.head(features.to(device)).cpu()
+    return score(rank(logits), labels, store.num_classes)
+
+
 def _online(model: LinearProbe, views, device: torch.device, dtype: str) -> Callable[[int], Iterator]:
-    def epoch(number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in views.epoch(number):
+    # Features do not depend on the head that is being trained: processes can take turns with whole batches.
+    def mine(number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in views.epoch(number, start=distributed.rank(), every=distributed.size()):
             with autocast(device, dtype):
                 valid = batch.valid(model.encoder.config.t_patch)
                 features = model.features(batch.clips, batch.clip_of_body, len(batch.index), valid)
-            yield features.float(), batch.labels
+            labels = batch.labels
+            if distributed.size() > 1:
+                features, labels = features.cpu(), labels.cpu()
+            yield features.float(), labels
+
+    def epoch(number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for features, labels in distributed.in_order(mine(number), len(views)):
+            yield features.to(device), labels.to(device)
 
     return epoch
 
@@ -150,15 +171,13 @@ def _train_head(
     epochs: Callable[[int], Iterator],
     steps: int,
     settings: ProbeConfig,
-    device: torch.device,
-    say: Callable[[str], None],
 ) -> None:
     optimizer = torch.optim.SGD(
         model.linear.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
     )
     model.train()
     step = 0
-    with Progress("linear probe", settings.epochs * steps) as progress:
+    with Progress("linear probe", settings.epochs * steps, shown=distributed.is_first()) as progress:
         for epoch in range(settings.epochs):
             for features, labels in epochs(epoch):
                 set_learning_rate(
@@ -178,4 +197,4 @@ def _train_head(
                 step += 1
                 progress.advance(len(labels), f"epoch {epoch + 1}/{settings.epochs}")
     if not torch.isfinite(model.linear.weight).all():
-        raise UserError(f"the linear probe diverged at learning rate {settings.lr}: try a smaller lr")
+        raise SharedError(f"the linear probe diverged at learning rate {settings.lr}: try a smaller lr")

@@ -132,6 +132,37 @@ def test_start_skips_batches(store):
     assert [len(batch.labels) for batch in dropping.epoch(0)] == [7] * 5 and len(dropping) == 5
 
 
+def cut(*parts):
+    """The bodies of some parts of a batch, one below the other, and the clips they belong to."""
+    names = ("clips", "clip_ids", "labels", "index")
+    joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    clip_of_body = torch.cat([part.index[part.clip_of_body] for part in parts])
+    return joined | {"clip_of_body": clip_of_body, "seen": torch.cat([part.seen for part in parts])}
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5, 9])
+def test_parts_make_the_whole(gappy, parts):
+    options = {"batch_size": 5, "window": 8, "train": True, "seed": 2}
+    whole = list(BodyBatches(gappy, torch.arange(12), **options).epoch(3))
+    shares = [list(BodyBatches(gappy, torch.arange(12), part=(r, parts), **options).epoch(3)) for r in range(parts)]
+    for number, batch in enumerate(whole):
+        expected = cut(batch)
+        for pieces in ([share[number] for share in shares], batch.split(parts)):
+            sizes = [len(piece.index) for piece in pieces]
+            assert len(pieces) == parts and max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
+            found = cut(*pieces)
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
+    with pytest.raises(UserError, match=r"part must be \(r, n\)"):
+        BodyBatches(gappy, torch.arange(12), part=(parts, parts), **options)
+
+
+def test_every_other_batch(store):
+    batches = BodyBatches(store, torch.arange(40), batch_size=7, window=10, train=True)
+    whole = list(batches.epoch(1))
+    some = list(batches.epoch(1, start=1, every=3))
+    assert [batch.index.tolist() for batch in some] == [whole[number].index.tolist() for number in (1, 4)]
+
+
 def test_keep_gives_two_bodies_a_clip(store):
     options = {"batch_size": 9, "window": 16, "train": True}
     kept = list(BodyBatches(store, torch.arange(40), empty_bodies="keep", **options).epoch(0))

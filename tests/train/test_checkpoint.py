@@ -1,5 +1,8 @@
 """Checkpoints: whole or passed over, exact, and only for the network they belong to."""
 
+import os
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -26,7 +29,7 @@ def trained(steps: int, width: int = 3):
 
 
 def save(folder, step, model, optimizer, keep=3, **record):
-    return checkpoint.save(folder, step, model, optimizer, record, keep)
+    return checkpoint.write(folder, step, checkpoint.snapshot(model, optimizer), record, keep)
 
 
 def test_round_trip_is_exact(tmp_path):
@@ -102,3 +105,86 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_scraps(tmp_path, monkeypat
     with pytest.raises(UserError, match=r"cannot write .*step-000000002.*No space left"):
         save(tmp_path, 2, model, optimizer)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000001.safetensors"]
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """Writes wait until ``go`` is set."""
+    go, original = threading.Event(), checkpoint.save_file
+
+    def waits(*args, **kwargs):
+        assert go.wait(60)
+        original(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save_file", waits)
+    yield go
+    go.set()
+
+
+def test_what_is_written_is_the_state_when_it_was_asked_for(tmp_path, slow_disk):
+    model, optimizer = trained(3)
+    asked = {name: value.clone() for name, value in checkpoint.snapshot(model, optimizer).items()}
+    with checkpoint.Writer(tmp_path, 3) as writer:
+        writer.save(3, model, optimizer, {"note": "x"})
+        # It is not there yet, and training goes on.
+        writer.check()
+        assert checkpoint.steps(tmp_path) == []
+        with torch.no_grad():
+            for tensor in [*model.parameters(), *model.buffers(), *(s["exp_avg"] for s in optimizer.state.values())]:
+                tensor.zero_()
+        slow_disk.set()
+    found = checkpoint.latest(tmp_path)
+    assert found.record == {"note": "x", "step": 3}
+    assert found.tensors.keys() == asked.keys()
+    assert all(torch.equal(found.tensors[name], value) for name, value in asked.items())
+
+
+def test_one_checkpoint_at_a_time(tmp_path, slow_disk):
+    model, optimizer = trained(1)
+    with checkpoint.Writer(tmp_path, 2) as writer:
+        writer.save(1, model, optimizer, {})
+        second = threading.Thread(target=writer.save, args=(2, model, optimizer, {}))
+        second.start()
+        second.join(0.1)
+        assert second.is_alive()
+        slow_disk.set()
+        second.join(60)
+        assert checkpoint.steps(tmp_path)[0] == 1
+        writer.save(3, model, optimizer, {})
+        writer.wait()
+        assert checkpoint.steps(tmp_path) == [2, 3]
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    before = os.umask(0o027)
+    try:
+        path = save(tmp_path, 1, *trained(1))
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_failed_write_is_told_once_by_whatever_comes_next(tmp_path, monkeypatch):
+    model, optimizer = trained(1)
+
+    def full(*_args, **_kwargs):
+        raise checkpoint.SafetensorError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+
+    def failed():
+        writer.save(1, model, optimizer, {})
+        writer._thread.submit(int).result()
+
+    with checkpoint.Writer(tmp_path, 2) as writer:
+        for tells in (writer.check, writer.wait, lambda: writer.save(2, model, optimizer, {})):
+            failed()
+            with pytest.raises(UserError, match=r"cannot write .*step-000000001.*No space left"):
+                tells()
+            writer.check()
+    with pytest.raises(UserError, match="No space left"), checkpoint.Writer(tmp_path, 2) as writer:
+        failed()
+    with pytest.raises(KeyError), checkpoint.Writer(tmp_path, 2) as writer:
+        failed()
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []

@@ -47,6 +47,7 @@ def launch(clips, recipe, monkeypatch):
         process.start()
         return process
 
+    start.context = context
     return start
 
 
@@ -76,6 +77,43 @@ def test_killed_while_training(launch, tmp_path):
     for after in (0, 10, 30, 55):
         assert kill(launch(run, "--resume"), run, after, chance.uniform(0, 0.02))
         assert not (run / "model").exists()
+    finish(launch(run, "--resume"))
+    check(run, whole)
+
+
+HALF_WRITTEN = """
+import time
+from pathlib import Path
+from jmm_fast.cli import main
+from jmm_fast.train import checkpoint
+
+original = checkpoint.save_file
+
+def stuck(tensors, path, **kwargs):
+    original(tensors, path, **kwargs)
+    if "step-000000020" in Path(path).name:
+        with open(path, "r+b") as file:
+            file.truncate(file.seek(0, 2) // 2)
+        time.sleep(600)
+
+checkpoint.save_file = stuck
+main(arguments)
+"""
+
+
+def test_killed_while_a_checkpoint_is_written(clips, recipe, launch, tmp_path):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    finish(launch(whole))
+    process = launch.context.Process(target=exec, args=(HALF_WRITTEN, {"arguments": arguments(recipe, clips, run)}))
+    process.start()
+    limit = time.monotonic() + 300
+    # Training has gone on to where the next checkpoint waits for this one.
+    while not any(line["step"] == 21 for line in read_lines(run / "metrics.jsonl")):
+        assert time.monotonic() < limit and process.is_alive()
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    assert [path.name[:16] for path in run.rglob("*.part")] == [".step-000000020."]
     finish(launch(run, "--resume"))
     check(run, whole)
 

@@ -1,0 +1,81 @@
+"""Where a step's time goes: what ``--profile`` leaves in a run."""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
+
+from jmm_fast.files import atomic_path, atomic_write_text
+
+# The first steps allocate memory and choose kernels; a few more say as much as many.
+UNTIMED, TIMED = 3, 5
+
+Item = TypeVar("Item")
+
+
+def named(name: str, items: Iterable[Item]) -> Iterator[Item]:
+    """``items``, the making of each under ``name`` in a profile."""
+    iterator = iter(items)
+    while True:
+        with record_function(name):
+            item = next(iterator, iterator)
+        if item is iterator:
+            return
+        yield item
+
+
+class Trace:
+    """Profiles a few steps of a run and writes ``trace.json`` (for chrome://tracing or Perfetto) and ``table.txt``.
+
+    Used as a context; :meth:`step` is called after each step. The parts of a step are the host's time; on a GPU the
+    list of operations is sorted by the device's.
+
+    Args:
+        folder: to write to.
+        parts: names of :func:`torch.profiler.record_function` that a step consists of.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, parts: tuple[str, ...], say: Callable[[str], None]) -> None:
+        self.folder, self.device, self.parts, self.say = folder, device, parts, say
+        self._written = False
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+        self._profile = profile(
+            activities=activities,
+            schedule=schedule(wait=UNTIMED - 1, warmup=1, active=TIMED, repeat=1),
+            on_trace_ready=self._write,
+        )
+
+    def __enter__(self) -> "Trace":
+        self._profile.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._profile.__exit__(*error)
+        if not self._written and error[0] is None:
+            self.say(f"no profile: the run ended before its step {UNTIMED + TIMED}")
+
+    def step(self) -> None:
+        self._profile.step()
+
+    def _write(self, done: profile) -> None:
+        averages = done.key_averages()
+        steps = [event for event in averages if event.key.startswith("ProfilerStep")]
+        if sum(event.count for event in steps) < TIMED:
+            return
+        with atomic_path(self.folder / "trace.json") as temporary:
+            done.export_chrome_trace(str(temporary))
+        atomic_write_text(self.folder / "table.txt", self._table(averages, steps))
+        self._written = True
+        self.say(f"profile written to {self.folder}")
+
+    def _table(self, averages, steps: list) -> str:
+        whole = sum(event.cpu_time_total for event in steps) / TIMED / 1e3
+        found = {event.key: event.cpu_time_total / TIMED / 1e3 for event in averages if event.key in self.parts}
+        rows = {name: found.get(name, 0.0) for name in self.parts}
+        rows["rest"] = whole - sum(rows.values())
+        lines = [f"{TIMED} steps on {self.device}, {whole:.2f} ms each", "", f"{'part':<12}{'ms':>10}{'share':>9}"]
+        lines += [f"{name:<12}{spent:>10.2f}{spent / whole:>9.1%}" for name, spent in rows.items()]
+        key = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
+        return "\n".join([*lines, "", averages.table(sort_by=key, row_limit=30), ""])
