@@ -259,17 +259,32 @@ def test_probes_on_schedule(clips, config, tmp_path):
     assert abs(shared["knn_top1"] - found[0]["knn_top1"]) <= 1.01 * one
 
 
-def test_torchrun(clips, config, tmp_path):
+def test_torchrun_starts_again_after_a_death(gappy_clips, tiny, whole, tmp_path):
+    """One of two processes is killed; torchrun starts both anew, and the run ends as if nothing had been."""
+    tiny = change(tiny, epochs=20)
     out = tmp_path / "run"
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "jmm_fast"]
-    done = subprocess.run(
-        [*line, *map(str, command(config, clips, out))],
-        capture_output=True,
-        text=True,
-        timeout=ranks.LIMIT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("model written to") == 1
-    whole = pretrain(config, data=clips, out=tmp_path / "whole", say=quiet)
-    np.testing.assert_allclose(numbers(out, "loss"), numbers(whole, "loss"), rtol=1e-5)
+    line = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "1",
+    ]
+    line += ["-m", "jmm_fast", *map(str, command(tiny, gappy_clips, out, "--resume"))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "JMM_FAST_TIMEOUT": "60"}
+    with open(tmp_path / "said", "w") as said, subprocess.Popen(line, stdout=said, stderr=said, env=environment) as run:
+        limit = time.monotonic() + ranks.LIMIT
+        while len(read_lines(out / "metrics.jsonl")) < 4:
+            assert time.monotonic() < limit and run.poll() is None, (tmp_path / "said").read_text()
+            time.sleep(0.005)
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        (second,) = [pid for pid in children if b"\0LOCAL_RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+        os.kill(int(second), signal.SIGKILL)
+        code = run.wait(timeout=ranks.LIMIT)
+    text = (tmp_path / "said").read_text()
+    assert code == 0, text
+    assert text.count("continuing after step") == text.count("model written to") == 1
+    check_same(out, whole(tiny))
