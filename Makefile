@@ -1,13 +1,14 @@
-# make demo | test | sanitize | fuzz | emulate | bench | lint | format | clean. Each makes its own .venv when there is none.
+# make demo | test | test-gpu | sanitize | fuzz | emulate | bench | bench-gpu | lint | format | clean. Each makes its own .venv when there is none.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
+CXX_SOURCES = find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f -name '*.[ch]*')
 
 .DEFAULT_GOAL := test
-.PHONY: install demo test sanitize fuzz emulate bench lint format clean
+.PHONY: install demo test test-gpu bench-gpu sanitize fuzz emulate bench lint format clean
 
 # The torch we test comes first and alone, so that nothing later pulls in another one.
 $(VENV)/torch.stamp:
@@ -36,11 +37,27 @@ demo: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc -name '*.[ch]*' | xargs $(BIN)/clang-format --dry-run --Werror
+	$(CXX_SOURCES) | xargs $(BIN)/clang-format --dry-run --Werror
 
 # Two workers on two cores: a thread each.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# On a GPU: all tests of kernels for it, then some of them under compute-sanitizer. A few minutes; elsewhere it says why not.
+GPU := $(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "skipped: torch " + torch.__version__ + " finds no CUDA GPU on this machine")'
+CHECKER := compute-sanitizer
+CHECKED := tests/kernels -k "test_parity_over_shapes or test_parity_over_head_widths"
+
+test-gpu: install
+	@if $(GPU); then set -e; \
+	  $(BIN)/python -m pytest tests/kernels tests/cuda tests/bench -q; \
+	  if command -v $(CHECKER) > /dev/null; then \
+	    for tool in memcheck racecheck; do \
+	      PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(CHECKER) --tool $$tool --error-exitcode 1 \
+	        $(BIN)/python -m pytest -q -p no:cacheprovider $(CHECKED); \
+	    done; \
+	  else echo "skipped: $(CHECKER) not found (it comes with the CUDA toolkit)"; fi; \
+	fi
 
 # The kernels' tests once more, on every instruction set, in a build that checks each access and each operation. Leaks
 # are not looked for: Python and torch keep memory until they end. torch.compile would build with the sanitizers loaded
@@ -51,7 +68,7 @@ NATIVE_CHOICE := not compile and not memory_does_not_grow
 
 sanitize: install
 	JMM_FAST_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib $(SANITIZED)
-	@$(BIN)/python -c 'import json, sys; sys.exit("; ".join(t["reason"] for t in json.load(open("$(SANITIZED)/jmm_fast/_build.json"))["targets"].values() if t["reason"]) or 0)'
+	@$(BIN)/python -c 'import json, sys; sys.exit("; ".join(t["reason"] for name, t in json.load(open("$(SANITIZED)/jmm_fast/_build.json"))["targets"].items() if name != "_cuda" and t["reason"]) or 0)'
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
 	PYTHONPATH=$(SANITIZED) PYTHONSAFEPATH=1 \
@@ -94,10 +111,13 @@ bench: install
 	$(BIN)/jmm-fast bench --json bench/results/bench.json
 	$(BIN)/python -m pytest bench -q --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-json=bench/results/cases.json
 
+bench-gpu: install
+	@if $(GPU); then $(BIN)/jmm-fast bench --device cuda --json bench/results/bench_gpu.json; fi
+
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc -name '*.[ch]*' | xargs $(BIN)/clang-format -i
+	$(CXX_SOURCES) | xargs $(BIN)/clang-format -i
 
 clean:
 	rm -rf build dist demo *.egg-info jmm_fast/_build.json jmm_fast/*.so .pytest_cache .ruff_cache

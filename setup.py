@@ -1,10 +1,12 @@
-"""Build driver: CMake and Ninja make the extensions ``jmm_fast._C`` and ``jmm_fast._host``; the rest is pyproject.toml.
+"""Build driver: CMake and Ninja make the extensions ``_C``, ``_host`` and ``_cuda``; the rest is pyproject.toml.
 
 A missing tool never fails the install. What was built, with what, and why the rest was not, is printed and written to
 ``jmm_fast/_build.json``, which ``jmm-fast doctor`` shows.
 
 Environment variables: ``CXX`` chooses the compiler; ``JMM_FAST_SKIP_NATIVE=1`` installs the Python part alone;
-``JMM_FAST_SANITIZE=1`` builds with AddressSanitizer and UndefinedBehaviorSanitizer (``make sanitize``).
+``JMM_FAST_SANITIZE=1`` builds with AddressSanitizer and UndefinedBehaviorSanitizer (``make sanitize``). ``CUDACXX``
+chooses nvcc; ``JMM_FAST_CUDA=0`` leaves the CUDA kernels out, ``1`` builds them even where torch is built for CPUs and
+they could not be loaded; ``JMM_FAST_CUDA_ARCHS="90"`` or ``"80;90"`` says for which compute capabilities.
 """
 
 import importlib.metadata
@@ -25,8 +27,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-TARGETS = {"_C": "torch operators", "_host": "numpy-facing readers"}
+TARGETS = {"_C": "torch operators", "_host": "numpy-facing readers", "_cuda": "CUDA kernels"}
 RECORD_NAME = "_build.json"
+CUDA_ARCHS = ("80", "90", "100")
 SANITIZE = os.environ.get("JMM_FAST_SANITIZE", "0") not in ("", "0")
 
 
@@ -67,6 +70,32 @@ def torch_reason() -> str:
     return ""
 
 
+def find_nvcc() -> str | None:
+    return shutil.which(os.environ.get("CUDACXX") or "nvcc")
+
+
+def cuda_reason() -> str:
+    """Why ``_cuda`` is not tried; empty when it is."""
+    wish = os.environ.get("JMM_FAST_CUDA", "")
+    if wish == "0":
+        return "left out because JMM_FAST_CUDA is 0"
+    if SANITIZE:
+        return "left out because JMM_FAST_SANITIZE is set"
+    if reason := torch_reason():
+        return reason
+    if wish != "1" and not (package_folder("torch") / "lib/libtorch_cuda.so").exists():
+        return "torch is built for CPUs: a CUDA kernel could not be loaded"
+    return "" if find_nvcc() else f"nvcc not found ({os.environ.get('CUDACXX') or 'on PATH, or named by CUDACXX'})"
+
+
+def cuda_archs() -> str:
+    """Compute capabilities to build for: those asked for, or those we aim at that this nvcc knows."""
+    if wish := os.environ.get("JMM_FAST_CUDA_ARCHS"):
+        return wish
+    listed = subprocess.run([find_nvcc(), "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout
+    return ";".join(arch for arch in CUDA_ARCHS if f"compute_{arch}" in listed.split()) or CUDA_ARCHS[0]
+
+
 def plan() -> dict[str, str]:
     """The reason why each target will not be tried; empty for those that will."""
     reason = ""
@@ -83,7 +112,11 @@ def plan() -> dict[str, str]:
     if reason:
         return dict.fromkeys(TARGETS, reason)
     pybind11 = package_folder("pybind11")
-    return {"_C": torch_reason(), "_host": "" if pybind11 else "pybind11 not found (pip install pybind11)"}
+    return {
+        "_C": torch_reason(),
+        "_host": "" if pybind11 else "pybind11 not found (pip install pybind11)",
+        "_cuda": cuda_reason(),
+    }
 
 
 def make_record(reasons: dict[str, str], flags: dict[str, str]) -> dict:
@@ -148,6 +181,11 @@ class BuildNative(build_ext):
         flags = {}
         wanted = [name for name, reason in reasons.items() if not reason]
         failure = self.configure(folder, wanted)
+        if failure and "_cuda" in wanted:
+            # An nvcc that does not get along with the compiler must not cost the rest.
+            reasons["_cuda"] = failure
+            wanted.remove("_cuda")
+            failure = self.configure(folder, wanted)
         if failure:
             reasons.update(dict.fromkeys(wanted, failure))
         else:
@@ -181,6 +219,8 @@ class BuildNative(build_ext):
             "TORCH_DIR": package_folder("torch") or "",
             "PYBIND11_INCLUDE_DIR": (package_folder("pybind11") or Path()) / "include",
         }
+        if "_cuda" in wanted:
+            options |= {"CMAKE_CUDA_COMPILER": find_nvcc(), "CMAKE_CUDA_ARCHITECTURES": cuda_archs()}
         command = [find_tool("cmake"), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
         command += [f"-D{key}={value}" for key, value in options.items()]
         # A second build of the same kind is quick; with another tool or torch, CMake's cache would keep the old paths.
@@ -215,7 +255,7 @@ class BuildNative(build_ext):
 
 
 extensions = [
-    Extension(f"jmm_fast.{name}", sources=[], optional=True, py_limited_api=name == "_C")
+    Extension(f"jmm_fast.{name}", sources=[], optional=True, py_limited_api=name != "_host")
     for name, reason in plan().items()
     if not reason
 ]

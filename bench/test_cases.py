@@ -8,6 +8,7 @@ import math
 import time
 
 import pytest
+import torch
 
 from jmm_fast.bench import cases
 
@@ -24,6 +25,13 @@ def test_case(benchmark, gate, case):
         pytest.skip(reason)
     gate(case)
     run = cases.prepare(case)
+    if cases.device(case) == "cuda":
+        launch = run
+
+        def run():
+            launch()
+            torch.cuda.synchronize()
+
     for _ in range(2):
         begin = time.perf_counter()
         run()

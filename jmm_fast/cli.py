@@ -364,6 +364,11 @@ def _bench(args: list[str]) -> None:
             ("json", Annotated[Path | None, arg(help="also write the record into this file")], None),
             ("threads", Annotated[int | None, arg(help="threads of torch and of the kernels")], None),
             (
+                "device",
+                Annotated[Literal["cpu", "cuda"] | None, arg(help="rows of this kind of device only; default all")],
+                None,
+            ),
+            (
                 "pages",
                 Annotated[
                     Literal["huge", "default"],
@@ -381,7 +386,7 @@ def _bench(args: list[str]) -> None:
     from jmm_fast.bench.command import bench
 
     # Not a mistake of the user: a kernel of this build computes wrong numbers.
-    if not bench(given.ops, quick=given.quick, out=given.json, threads=given.threads):
+    if not bench(given.ops, quick=given.quick, out=given.json, threads=given.threads, device=given.device):
         raise SystemExit(1)
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 ARCHITECTURES = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100"}
 """Compute capabilities with sizes of their own; another one takes those of the newest that is not newer."""
 
+ANY = 1 << 30
+"""A bound in a table that nothing exceeds."""
 
 TARGET = "sm_90"
 """Whose sizes tensors outside a GPU take: in the interpreter, and when kernels are compiled ahead of time."""

@@ -19,7 +19,7 @@ from jmm_fast.kernels import config
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
-ANY = 1 << 30
+ANY = config.ANY
 
 # (bytes an element, D, N), each at most -> block of queries, block of keys, warps, stages.
 _FORWARD = {
@@ -321,6 +321,7 @@ def _constants(q: Tensor, table: Tensor | None, multiply: bool) -> dict:
         "DOT": config.dot_dtype(q.dtype),
         "EXACT": config.dot_dtype(q.dtype) == tl.float32,
         "PRECISION": "ieee",
+        "enable_fp_fusion": True,
     }
 
 

@@ -19,7 +19,7 @@ ALLOWED = {
     "skeleton": {"errors"},
     "reference": set(),
     "kernels": set(),
-    "ops": {"reference", "kernels", "_C", *LEAVES},
+    "ops": {"reference", "kernels", "_C", "_cuda", *LEAVES},
     "models": BELOW_MODELS,
     "data": {"_host", *BELOW_MODELS},
     "train": {"models", "data", *BELOW_MODELS},
@@ -104,7 +104,7 @@ def test_importing_the_package_loads_no_backend():
 import sys
 import jmm_fast, jmm_fast.cli
 import jmm_fast.ops, jmm_fast.models, jmm_fast.data
-print(sorted({"triton", "jmm_fast._C", "jmm_fast.kernels", "matplotlib"} & set(sys.modules)))
+print(sorted({"triton", "jmm_fast._C", "jmm_fast._cuda", "jmm_fast.kernels", "matplotlib"} & set(sys.modules)))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout.strip() == "[]"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("pyproject.toml", "setup.py", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE")
@@ -60,7 +62,7 @@ def test_wheel_without_native_code(source, tmp_path):
     assert others == {"jmm_fast/_build.json"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
-    for name in ("_C", "_host"):
+    for name in ("_C", "_host", "_cuda"):
         assert record["targets"][name]["built"] is False
         assert record["targets"][name]["reason"] == "left out because JMM_FAST_SKIP_NATIVE is set"
     assert "jmm-fast = jmm_fast.cli:main" in scripts
@@ -96,3 +98,27 @@ def test_a_compiler_that_is_missing_or_broken_is_no_failure(source, compiler, re
     for name in ("_C", "_host"):
         assert targets[name]["built"] is False and reason in targets[name]["reason"]
         assert f"NOT BUILT: {targets[name]['reason']}" in said
+
+
+@pytest.mark.parametrize(
+    "environment, reason",
+    [
+        ({"JMM_FAST_CUDA": "0"}, "left out because JMM_FAST_CUDA is 0"),
+        ({"JMM_FAST_CUDA": "1", "CUDACXX": "no-such-nvcc"}, "nvcc not found (no-such-nvcc)"),
+        ({"JMM_FAST_CUDA": "", "CUDACXX": "true"}, "torch is built for CPUs: a CUDA kernel could not be loaded"),
+        ({"JMM_FAST_CUDA": "1", "CUDACXX": "true"}, ""),
+    ],
+)
+def test_why_cuda_kernels_are_not_built(monkeypatch, environment, reason):
+    if torch.version.cuda and environment["JMM_FAST_CUDA"] == "":
+        pytest.skip("torch is built for CUDA")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("setuptools.setup", lambda **arguments: None)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    driver = runpy.run_path("setup.py")
+    assert driver["cuda_reason"]() == reason
+    if environment.get("CUDACXX") == "true":
+        assert driver["cuda_archs"]() == "80", "an nvcc that does not say what it knows"
+    monkeypatch.setenv("JMM_FAST_CUDA_ARCHS", "90;120")
+    assert driver["cuda_archs"]() == "90;120"

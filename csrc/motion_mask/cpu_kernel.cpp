@@ -8,6 +8,7 @@
 
 #include "motion_mask/cpu_kernel.h"
 
+#include "motion_mask/score.h"
 #include "philox.h"
 #include "vec.h"
 
@@ -269,40 +270,10 @@ void forget_unknown(const Problem& p, const bool* __restrict valid, float* score
   }
 }
 
-/// The score as the plain twin computes it.
+/// The score in double precision; the first time step takes the second's.
 double exact_score(const Problem& p, const float* body, int64_t token) {
   const int64_t step = token < p.joints ? 1 : token / p.joints;
-  const float* from = body + token % p.joints * p.joint_stride + step * p.patch * p.frame_stride;
-  const float* before = from - p.patch * p.frame_stride;
-  const int64_t count = p.patch * p.coordinates;
-  double difference = 0, mean_a = 0, mean_b = 0;
-  auto each = [&](auto&& take) {
-    for (int64_t f = 0; f < p.patch; ++f) {
-      for (int64_t c = 0; c < p.coordinates; ++c) {
-        const int64_t at = f * p.frame_stride + c * p.coordinate_stride;
-        take(static_cast<double>(from[at]), static_cast<double>(before[at]));
-      }
-    }
-  };
-  each([&](double a, double b) {
-    difference += __builtin_fabs(a - b);
-    mean_a += a;
-    mean_b += b;
-  });
-  const double n = static_cast<double>(count);
-  difference /= n, mean_a /= n, mean_b /= n;
-  if (p.variant == kMamp) return difference;
-  double squares_a = 0, squares_b = 0, product = 0, products = 0;
-  each([&](double a, double b) {
-    a -= mean_a, b -= mean_b;
-    squares_a += a * a;
-    squares_b += b * b;
-    product += a * b;
-    products += __builtin_fabs(a * b);
-  });
-  const double norm = __builtin_sqrt(squares_a) * __builtin_sqrt(squares_b) + 1e-10;
-  if (p.variant == kReleased) return difference + products / norm / n;
-  return p.gate * difference + (1 - p.gate) * __builtin_fabs(product) / norm;
+  return motion_mask::exact_score(p, body, step, token % p.joints);
 }
 
 /// Moves the `wanted` smallest keys to the front, ties by token (`b.index` ascends at first); NaN counts as largest.

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-BACKENDS = ("cpu", "auto")
+BACKENDS = ("cpu", "auto", "triton", "cuda")
 """Contenders that are ours: no figure of theirs without a parity check. The others are what they are compared to."""
 
 
@@ -19,7 +19,7 @@ class Case:
         shape: one of the workload's shapes.
         dtype: ``float32`` or ``bfloat16``.
         direction: ``forward`` (without a graph), ``forward_backward`` or ``step``.
-        contender: a backend of ours (``cpu``, ``auto``), ``reference``, or a peer from outside.
+        contender: a backend of ours (``cpu``, ``auto``, ``triton``, ``cuda``), ``reference``, or a peer from outside.
     """
 
     op: str
@@ -60,12 +60,14 @@ class Workload:
     """All cases of an op.
 
     Attributes:
-        shapes: name -> sizes, as the record keeps them.
+        shapes: name -> sizes, as the record keeps them; ``device`` among them where it is not the CPU.
         dtypes, directions, contenders: what is combined with the shapes; ``unavailable`` leaves out what cannot be.
         prepare: makes inputs and returns the function to time. Inputs depend on the case's op, shape and dtype alone,
             so contenders work on equal numbers.
         checks: the parity rule for a dtype and a backend of ours.
         unavailable: why a case cannot run here; None when it can.
+        flop: operations of the matrix products of a case, the same for all contenders; None where their rate would say
+            nothing.
     """
 
     shapes: dict[str, dict[str, Any]]
@@ -75,3 +77,4 @@ class Workload:
     prepare: Callable[[Case], Callable[[], object]]
     checks: Callable[[str, str], Iterator[Check]]
     unavailable: Callable[[Case], str | None]
+    flop: Callable[[Case], float] | None = None

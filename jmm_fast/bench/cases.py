@@ -3,6 +3,8 @@
 import itertools
 from collections.abc import Callable, Iterator
 
+import torch
+
 from jmm_fast.bench import (
     block,
     clip_window,
@@ -26,6 +28,10 @@ WORKLOADS: dict[str, Workload] = {
     "step": step.WORKLOAD,
 }
 """The ops, a transformer block (``block``), a batch of clips (``feeder``) and the pretraining step (``step``)."""
+
+
+HOMES = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+"""Kind of device that a backend is for, where it is for one."""
 
 
 def all_cases() -> Iterator[Case]:
@@ -60,7 +66,17 @@ def prepare(case: Case) -> Callable[[], object]:
     return WORKLOADS[case.op].prepare(case)
 
 
+def device(case: Case) -> str:
+    """Kind of device that ``case`` runs on."""
+    return WORKLOADS[case.op].shapes[case.shape].get("device", "cpu")
+
+
 def unavailable(case: Case) -> str | None:
     """Why ``case`` cannot run here; None when it can."""
     check(case)
+    kind = device(case)
+    if kind == "cuda" and not torch.cuda.is_available():
+        return "needs a GPU"
+    if HOMES.get(case.contender, kind) != kind:
+        return f"{case.contender} has no kernel for {kind.upper()} tensors"
     return WORKLOADS[case.op].unavailable(case)

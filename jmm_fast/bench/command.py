@@ -16,7 +16,7 @@ WIDTH = 140
 """Columns of the table where nothing says how wide the page is."""
 
 
-def bench(ops: Sequence[str], *, quick: bool, out: Path | None, threads: int | None) -> bool:
+def bench(ops: Sequence[str], *, quick: bool, out: Path | None, threads: int | None, device: str | None = None) -> bool:
     """Measure ``ops`` and print the table; progress goes to stderr.
 
     Returns:
@@ -34,13 +34,13 @@ def bench(ops: Sequence[str], *, quick: bool, out: Path | None, threads: int | N
             def show(text: str, done: int, total: int) -> None:
                 progress.update(task, description=text, completed=done, total=total)
 
-            record = measure(ops, quick=quick, threads=threads, say=show)
+            record = measure(ops, quick=quick, threads=threads, device=device, say=show)
     else:
 
         def line(text: str, done: int, total: int) -> None:
             print(f"{done}/{total} {text}", file=sys.stderr, flush=True)
 
-        record = measure(ops, quick=quick, threads=threads, say=line)
+        record = measure(ops, quick=quick, threads=threads, device=device, say=line)
     if out is not None:
         atomic_write_text(out, json.dumps(record, indent=1) + "\n")
     page = Console(width=None if sys.stdout.isatty() else WIDTH)

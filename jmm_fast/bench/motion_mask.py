@@ -16,6 +16,7 @@ SHAPES = {
     "b96": {"bodies": 96, "frames": 120, "variant": "released"},
     "b96_paper": {"bodies": 96, "frames": 120, "variant": "paper"},
     "b8": {"bodies": 8, "frames": 120, "variant": "released"},
+    "gpu_b1024": {"bodies": 1024, "frames": 120, "variant": "released", "device": "cuda"},
 }
 SETTINGS = {"mask_ratio": 0.9, "tau": 0.8, "t_patch": 4}
 
@@ -23,7 +24,7 @@ SETTINGS = {"mask_ratio": 0.9, "tau": 0.8, "t_patch": 4}
 def eager(clips: Tensor, variant: str) -> tuple[Tensor, Tensor, Tensor]:
     """Visible tokens, mask and places in float32 with torch's own random numbers, as published code draws them."""
     logits = _logits(clips, variant)
-    keys = logits.log_softmax(1) - torch.log(-torch.log(torch.rand(logits.shape) + 1e-10) + 1e-10)
+    keys = logits.log_softmax(1) - torch.log(-torch.log(torch.rand_like(logits) + 1e-10) + 1e-10)
     order = keys.argsort(1)
     restore = order.argsort(1)
     kept = reference.num_visible(keys.shape[1], SETTINGS["mask_ratio"])
@@ -37,7 +38,7 @@ def _logits(clips: Tensor, variant: str) -> Tensor:
 
 def prepare(case: Case) -> Callable[[], object]:
     size = SHAPES[case.shape]
-    clips = moving_clips(size["bodies"], size["frames"])
+    clips = moving_clips(size["bodies"], size["frames"]).to(size.get("device", "cpu"))
     if case.contender == "eager":
         return lambda: eager(clips, size["variant"])
     return lambda: ops.motion_mask(clips, variant=size["variant"], backend=case.contender, **SETTINGS)
@@ -47,7 +48,7 @@ def checks(dtype: str, contender: str) -> Iterator[Check]:
     """The drawn tokens exactly; the probabilities by the rule, whose float32 side is the formula in float32."""
     for variant in ("released", "paper", "mamp"):
         for bodies, frames in ((1, 8), (3, 40), (8, 120)):
-            clips = moving_clips(bodies, frames)
+            clips = moving_clips(bodies, frames).to("cuda" if contender == "cuda" else "cpu")
             clips[-1] = 0  # a body that is not there
             where = f"{variant} B={bodies} T={frames} "
             ours = ops.motion_mask(clips, variant=variant, seed=7, epoch=3, backend=contender, **SETTINGS)
@@ -70,7 +71,7 @@ WORKLOAD = Workload(
     shapes=SHAPES,
     dtypes=("float32",),
     directions=("forward",),
-    contenders=("cpu", "reference", "eager"),
+    contenders=("cpu", "cuda", "reference", "eager"),
     prepare=prepare,
     checks=checks,
     unavailable=missing,

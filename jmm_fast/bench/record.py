@@ -10,10 +10,10 @@ import torch
 from jmm_fast.bench import cases, parity
 from jmm_fast.bench.case import BACKENDS, Case
 from jmm_fast.bench.limits import UNITS, limits
-from jmm_fast.bench.memory import MemoryOfCaseError, peak_memory
+from jmm_fast.bench.memory import MemoryOfCaseError, peak_memory, peak_on_gpu
 from jmm_fast.bench.parity import Parity
 from jmm_fast.bench.rows import ROWS, Row
-from jmm_fast.bench.timing import QUICK, Effort, pair
+from jmm_fast.bench.timing import QUICK, Effort, on_gpu, pair
 from jmm_fast.errors import UserError
 from jmm_fast.train.environment import commit, cpu_name, versions
 
@@ -28,6 +28,7 @@ def measure(
     *,
     quick: bool = False,
     threads: int | None = None,
+    device: str | None = None,
     rows: Sequence[Row] = ROWS,
     say: Callable[[str, int, int], None] = lambda text, done, total: None,
 ) -> dict:
@@ -37,6 +38,7 @@ def measure(
         ops: workloads to measure; none means all.
         quick: fewer rounds, no peak memory, nothing that takes minutes.
         threads: of torch and of the kernels; None keeps torch's.
+        device: take the rows of this kind of device only.
         rows: the comparisons; those of ``ops`` are taken.
         say: called before each part with a line about it, the rows done and all rows.
 
@@ -53,11 +55,11 @@ def measure(
     cores = os.cpu_count() or 1
     if threads is not None and not 1 <= threads <= cores:
         raise UserError(f"threads must be between 1 and {cores}, the cores of this machine, got {threads}")
-    chosen = [row for row in rows if not ops or row.ours.op in ops]
+    chosen = [row for row in rows if (not ops or row.ours.op in ops) and device in (None, row.device)]
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads or before)
-        return _Run(chosen, quick, say).record(list(ops))
+        return _Run(chosen, quick, say).record(list(ops), device)
     finally:
         torch.set_num_threads(before)
 
@@ -77,7 +79,7 @@ class _Run:
         self.parities: dict[tuple[str, str, str], Parity] = {}
         self.memories: dict[Case, int] = {}
 
-    def record(self, ops: list[str]) -> dict:
+    def record(self, ops: list[str], device: str | None) -> dict:
         self.say("limits of the machine")
         first = limits()
         rows = []
@@ -98,8 +100,14 @@ class _Run:
                 "system": platform.system(),
                 "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             },
-            "options": {"ops": ops, "quick": self.quick, "threads": self.threads, "pages": pages()},
-            "limits": {"units": UNITS, "before": first, "after": limits()},
+            "options": {
+                "ops": ops,
+                "quick": self.quick,
+                "threads": self.threads,
+                "pages": pages(),
+                "device": device,
+            },
+            "limits": {"units": {name: UNITS[name] for name in first}, "before": first, "after": limits()},
             "parity": [_parity_record(found) for found in self.parities.values()],
             "rows": rows,
             "passed": all(found.passed for found in self.parities.values()),
@@ -161,13 +169,24 @@ class _Run:
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                found = pair(cases.prepare(row.ours), cases.prepare(row.against), self.effort)
+                sides = {"ours": cases.prepare(row.ours), "against": cases.prepare(row.against)}
+                timed = on_gpu if row.device == "cuda" else None
+                found = pair(*sides.values(), self.effort, timed=timed)
         finally:
             torch.set_num_threads(self.threads)
-        return {
+        figures = {
             "seconds": {"ours": found.ours.record(), "against": found.against.record()},
             "ratio": found.speedup.record(),
         }
+        if row.device == "cuda":
+            figures["peak_bytes"] = {side: peak_on_gpu(function) for side, function in sides.items()}
+            flop = cases.WORKLOADS[row.ours.op].flop
+            if flop is not None:
+                figures["tflops"] = {
+                    side: float(f"{flop(row.ours) / spread['median'] / 1e12:.4g}")
+                    for side, spread in figures["seconds"].items()
+                }
+        return figures
 
     def peaks(self, row: Row) -> dict:
         peaks = {}

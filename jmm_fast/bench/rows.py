@@ -7,6 +7,8 @@ from jmm_fast.bench.case import Case
 
 CONTENDERS = {
     "cpu": "C++",
+    "triton": "Triton",
+    "cuda": "CUDA C++",
     "auto": "default backends",
     "reference": "reference",
     "eager": "PyTorch ops in float32",
@@ -126,6 +128,26 @@ def _attention() -> list[Row]:
     return rows
 
 
+def _gpu_attention() -> list[Row]:
+    bars = {"flex": 1.5, "sdpa": 1 / 1.15, "sdpa_mask": 4.0, "reference": 15.0}
+    return [
+        _pair(
+            "topology_attention",
+            shape,
+            "bfloat16",
+            direction,
+            "triton",
+            peer,
+            bar=bar,
+            at_most=peer == "sdpa",
+            device="cuda",
+        )
+        for shape in ("gpu_decoder", "gpu_encoder")
+        for direction in ("forward", "forward_backward")
+        for peer, bar in bars.items()
+    ]
+
+
 def _pair(op, shape, dtype, direction, ours, against, **bar) -> Row:
     return Row(ours=Case(op, shape, dtype, direction, ours), against=Case(op, shape, dtype, direction, against), **bar)
 
@@ -140,10 +162,13 @@ def _step(shape: str, dtype: str, against: str, **bar) -> Row:
 
 ROWS: tuple[Row, ...] = (
     *_attention(),
+    *_gpu_attention(),
     _pair("motion_mask", "b96", "float32", "forward", "cpu", "reference", bar=10.0),
     _pair("motion_mask", "b96", "float32", "forward", "cpu", "eager"),
     _pair("motion_mask", "b96_paper", "float32", "forward", "cpu", "reference"),
     _pair("motion_mask", "b8", "float32", "forward", "cpu", "reference"),
+    _pair("motion_mask", "gpu_b1024", "float32", "forward", "cuda", "reference", bar=15.0, device="cuda"),
+    _pair("motion_mask", "gpu_b1024", "float32", "forward", "cuda", "eager", device="cuda"),
     _pair("clip_window", "ntu48", "float32", "forward", "cpu", "numpy", bar=30.0, threads=1),
     _pair("clip_window", "ntu48", "float32", "forward", "cpu", "numpy_lean", threads=1),
     _pair("clip_window", "ntu48", "float32", "forward", "cpu", "reference"),

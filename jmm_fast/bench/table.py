@@ -42,7 +42,11 @@ def table(record: Mapping) -> Group:
             )
             continue
         if row["quantity"] == "time":
-            sides = [duration(row["seconds"][side]["median"]) for side in ("ours", "against")]
+            sides = [
+                duration(row["seconds"][side]["median"])
+                + (f", {row['tflops'][side]:.3g} TFLOP/s" if "tflops" in row else "")
+                for side in ("ours", "against")
+            ]
         else:
             sides = [f"{row['bytes'][side] / 2**20:.0f} MiB" for side in ("ours", "against")]
         rows.add_row(

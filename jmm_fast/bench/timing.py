@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
+import torch
+
 
 @dataclass(frozen=True, slots=True)
 class Spread:
@@ -60,11 +62,24 @@ SLOW = 2.0
 QUICK = Effort(seconds=0.8, least=2, most=15, sample=0.002)
 
 
+def on_gpu(function: Callable[[], object], calls: int) -> float:
+    """Seconds of a call on the GPU's own clock, from an idle GPU to an idle GPU."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    for _ in range(calls):
+        function()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / calls
+
+
 def pair(
     ours: Callable[[], object],
     against: Callable[[], object],
     effort: Effort,
     clock: Callable[[], float] = time.perf_counter,
+    timed: Callable[[Callable[[], object], int], float] | None = None,
 ) -> Pair:
     """Time ``ours`` and ``against`` in turn; who begins changes from round to round.
 
@@ -72,14 +87,16 @@ def pair(
         ours, against: functions without arguments. Each is called before the first round.
         effort: how many rounds.
         clock: seconds; for tests.
+        timed: seconds of a call of a function that is called so many times; None reads the clock.
     """
 
-    def seconds(function: Callable[[], object], calls: int) -> float:
+    def by_clock(function: Callable[[], object], calls: int) -> float:
         begin = clock()
         for _ in range(calls):
             function()
         return (clock() - begin) / calls
 
+    seconds = timed or by_clock
     sides = (ours, against)
     calls = []
     for side in sides:

@@ -24,6 +24,8 @@ SHAPES = {
     "encoder": {"bodies": 32, "heads": 8, "tokens": 74, "width": 32, "joints": "body"},
     "decoder_d16": {"bodies": 8, "heads": 8, "tokens": 750, "width": 16, "joints": "grid"},
     "decoder_d64": {"bodies": 8, "heads": 8, "tokens": 750, "width": 64, "joints": "grid"},
+    "gpu_decoder": {"bodies": 96, "heads": 8, "tokens": 750, "width": 32, "joints": "grid", "device": "cuda"},
+    "gpu_encoder": {"bodies": 1024, "heads": 8, "tokens": 74, "width": 32, "joints": "body", "device": "cuda"},
 }
 CHECKED = (
     (1, 32),
@@ -94,6 +96,8 @@ def prepare(case: Case) -> Callable[[], object]:
     else:
         joints = torch.randint(0, JOINTS, (bodies, tokens), generator=generator)
     attend = _attend(case.contender)
+    device = size.get("device", "cpu")
+    packed, table, joints = packed.to(device), table.to(device), joints.to(device)
     if case.direction == "forward":
 
         @torch.no_grad()
@@ -103,7 +107,7 @@ def prepare(case: Case) -> Callable[[], object]:
         return run
     packed.requires_grad_()
     table.requires_grad_()
-    seed = torch.randn(bodies, heads, tokens, width, generator=generator).to(case.torch_dtype)
+    seed = torch.randn(bodies, heads, tokens, width, generator=generator).to(device, case.torch_dtype)
 
     def run_backward() -> Tensor:
         packed.grad = table.grad = None
@@ -115,16 +119,18 @@ def prepare(case: Case) -> Callable[[], object]:
 
 def checks(dtype: str, contender: str) -> Iterator[Check]:
     kind = getattr(torch, dtype)
+    device = "cuda" if contender == "triton" else "cpu"
     for tokens, width in CHECKED:
         heads = 2 if tokens < 750 else 1
-        packed = torch.randn(2, tokens, 3, heads, width).to(kind)
+        packed = torch.randn(2, tokens, 3, heads, width).to(device, kind)
         q, k, v = packed.permute(2, 0, 3, 1, 4)
-        table = torch.randn(heads, JOINTS, JOINTS)
-        seed = torch.randn(2, heads, tokens, width).to(kind)
+        table = torch.randn(heads, JOINTS, JOINTS).to(device)
+        seed = torch.randn(2, heads, tokens, width).to(device, kind)
         for kind_of_joints in ("grid", "body"):
             joints = torch.arange(tokens) % JOINTS
             if kind_of_joints == "body":
                 joints = torch.randint(0, JOINTS, (2, tokens))
+            joints = joints.to(device)
 
             def ours(*inputs, joints=joints):
                 return ops.topology_attention(*inputs, joints, backend=contender)
@@ -144,21 +150,30 @@ def checks(dtype: str, contender: str) -> Iterator[Check]:
 
 
 def missing(case: Case) -> str | None:
-    if case.contender == "cpu":
-        return unavailable("topology_attention", "cpu")
-    if case.contender == "flex" and case.direction != "forward":
+    if case.contender in ("cpu", "triton"):
+        return unavailable("topology_attention", case.contender)
+    if case.contender == "flex" and case.direction != "forward" and "device" not in SHAPES[case.shape]:
         return "FlexAttention has no backward pass on the CPU"
     if case.contender == "flex" and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
         return "FlexAttention is compiled on first use, and there is no C++ compiler"
     return None
 
 
+def flop(case: Case) -> float:
+    """The two matrix products of the forward pass, and the five of a backward pass that computes the scores again; the
+    plain twin keeps them, but all contenders are counted alike."""
+    size = SHAPES[case.shape]
+    product = 2.0 * size["bodies"] * size["heads"] * size["tokens"] ** 2 * size["width"]
+    return product * (2 if case.direction == "forward" else 7)
+
+
 WORKLOAD = Workload(
     shapes=SHAPES,
     dtypes=("float32", "bfloat16"),
     directions=("forward", "forward_backward"),
-    contenders=("cpu", "reference", *PEERS),
+    contenders=("cpu", "triton", "reference", *PEERS),
     prepare=prepare,
     checks=checks,
     unavailable=missing,
+    flop=flop,
 )

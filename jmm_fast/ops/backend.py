@@ -25,26 +25,41 @@ _NATIVE = {
 }
 """Ops that the C++ extension implements for CPU tensors, each with a schema that only the extension can serve."""
 
-_TRITON = ("topology_attention",)
+_TRITON = ("clip_window", "motion_loss", "token_grid", "topology_attention")
 """Ops that have a Triton kernel, in the module of ``jmm_fast.kernels`` of the same name."""
+
+_CUDA = {"motion_mask": "motion_mask_cuda"}
+"""Ops that the CUDA extension implements, each with the schema that it serves."""
 
 _found: dict[tuple[str, str], str | None] = {}
 
 
-def _extension_reason(schema: str) -> str | None:
-    """None when the C++ extension ``jmm_fast._C`` is loaded and holds ``schema``, else why not."""
+def _extension_reason(module: str, schema: str, key: str) -> str | None:
+    """None when the extension ``jmm_fast.module`` is loaded and holds ``schema`` for a dispatch key, else why not."""
+    kind = "CUDA" if key == "CUDA" else "C++"
     try:
-        importlib.import_module("jmm_fast._C")
+        importlib.import_module(f"jmm_fast.{module}")
     except ImportError as error:
         record = Path(__file__).parents[1] / "_build.json"
         try:
-            reason = json.loads(record.read_text())["targets"]["_C"]["reason"]
+            reason = json.loads(record.read_text())["targets"][module]["reason"]
         except (OSError, ValueError, KeyError):
             reason = None
-        return f"the C++ extension is not installed ({reason or error})"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"jmm_fast::{schema}", "CPU"):
-        return "the installed C++ extension is older than this version: build it again"
+        return f"the {kind} extension is not installed ({reason or error})"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"jmm_fast::{schema}", key):
+        return f"the installed {kind} extension is older than this version: build it again"
     return None
+
+
+def _cuda_reason(schema: str) -> str | None:
+    """None when the CUDA extension can run ``schema`` here, else why not."""
+    reason = _extension_reason("_cuda", schema, "CUDA")
+    if reason is None and not torch.cuda.is_available():
+        reason = "there is no CUDA GPU on this machine"
+    if reason is None:
+        # Built for other GPUs, or for a newer driver.
+        reason = importlib.import_module("jmm_fast._cuda").load_error()
+    return reason
 
 
 def interpreted() -> bool:
@@ -71,9 +86,13 @@ def unavailable(op: str, backend: str) -> str | None:
         if backend == "reference":
             reason = None
         elif backend == "cpu":
-            reason = _extension_reason(_NATIVE[op]) if op in _NATIVE else f"this version has no C++ kernel for {op}"
+            reason = f"this version has no C++ kernel for {op}"
+            if op in _NATIVE:
+                reason = _extension_reason("_C", _NATIVE[op], "CPU")
         elif backend == "triton" and op in _TRITON:
             reason = _triton_reason()
+        elif backend == "cuda" and op in _CUDA:
+            reason = _cuda_reason(_CUDA[op])
         else:
             kind = "Triton" if backend == "triton" else "CUDA C++"
             reason = f"this version has no {kind} kernel for {op}"

@@ -3,6 +3,15 @@
 import torch
 from torch import Tensor
 
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+TRITON_DTYPES = (*NATIVE_DTYPES, torch.float16)
+
+
+def either(dtypes: tuple[torch.dtype, ...]) -> str:
+    """``float32, bfloat16 or float16``."""
+    *names, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return f"{', '.join(names)} or {last}"
+
 
 def describe(value: object) -> str:
     """A tensor as ``float32 [8, 74]``, anything else by its value."""

@@ -37,7 +37,7 @@ def clip_window(
             duty: it is checked on CPU tensors and not on a device, where looking would stall.
         angles: floating ``[B,3]`` in radians, or None for no rotation.
         window: frames of the result.
-        backend: see ``jmm_fast.backends()``. ``"cpu"`` takes float32 frames.
+        backend: see ``jmm_fast.backends()``. ``"cpu"`` takes float32 frames, ``"triton"`` bfloat16 and float16 too.
 
     Returns:
         ``[B,window,V,3]`` of the dtype of ``frames``. Not differentiable: clips are data.
@@ -45,8 +45,8 @@ def clip_window(
     Raises:
         ValueError: wrong shape, dtype, device or rows outside ``frames``.
 
-    Deterministic; ``"cpu"`` equals the reference on the CPU bit for bit. Source: the clip preparation of MAMP (Mao et
-    al., ICCV 2023) and JMM-TGT (PLOS ONE 2025).
+    Deterministic; ``"cpu"`` and ``"triton"`` equal the reference on the same device bit for bit. Source: the clip
+    preparation of MAMP (Mao et al., ICCV 2023) and JMM-TGT (PLOS ONE 2025).
     """
     checks.floating("frames", frames, "[F,V,3]", 3)
     checks.require(frames.shape[2] == 3, "frames", "floating [F,V,3]", frames)
@@ -59,7 +59,10 @@ def clip_window(
     checks.require(isinstance(window, int) and window >= 1, "window", "a positive integer", window)
     checks.same_device(frames=frames, start=start, length=length, angles=angles)
     refusal = None if frames.dtype == torch.float32 else f"frames must be float32, got {checks.describe(frames)}"
-    backend = choose("clip_window", backend, frames, refusal)
+    gpu_refusal = None
+    if frames.dtype not in checks.TRITON_DTYPES:
+        gpu_refusal = f"frames must be {checks.either(checks.TRITON_DTYPES)}, got {checks.describe(frames)}"
+    backend = choose("clip_window", backend, frames, refusal, gpu_refusal)
     return torch.ops.jmm_fast.clip_window(frames, start, length, angles, window, backend)
 
 
@@ -77,6 +80,10 @@ def _run(frames: Tensor, start: Tensor, length: Tensor, angles: Tensor | None, w
             raise
     if frames.device.type == "cpu":
         _check_inside(frames, start, length)
+    if backend == "triton":
+        from jmm_fast.kernels import clip_window as kernel
+
+        return kernel.forward(frames, start, length, angles, window)
     return reference.clip_window(frames, start, length, angles, window=window)
 
 

@@ -18,6 +18,11 @@ library.define(
     "motion_loss_forward(Tensor prediction, Tensor clips, Tensor mask, int t_patch, int stride, bool normalize, "
     "bool differentiate, Tensor? valid=None) -> (Tensor, Tensor)"
 )
+library.define(
+    "motion_loss_triton_forward(Tensor prediction, Tensor clips, Tensor mask, int t_patch, int stride, bool normalize, "
+    "bool differentiate, Tensor? valid=None) -> (Tensor, Tensor, Tensor)"
+)
+library.define("motion_loss_triton_backward(Tensor grad_loss, Tensor errors, Tensor factor) -> Tensor")
 
 
 def motion_loss(
@@ -50,7 +55,8 @@ def motion_loss(
         valid: bool ``[B,L]``, False where a pose that the token's motion needs is missing; None: all are there. All
             True gives what None gives, bit for bit.
         backend: see ``jmm_fast.backends()``. ``"cpu"`` takes a float32 or bfloat16 prediction (computed in float32, the
-            gradient in the dtype of the prediction) and float32 clips that need no gradient.
+            gradient in the dtype of the prediction) and float32 clips that need no gradient; ``"triton"`` the same,
+            and a float16 prediction.
 
     Returns:
         A scalar, float32 at least whatever the inputs are; differentiable in ``prediction`` and ``clips``.
@@ -85,17 +91,19 @@ def motion_loss(
                 f"prediction must be [B,L,u*C], or [B,M,u*C] with M masked tokens in every body, got "
                 f"{list(prediction.shape)} where bodies have {masked.min()} to {masked.max()} of {tokens} tokens masked"
             )
-    if choose("motion_loss", backend, prediction, _refusal(prediction, clips)) == "cpu":
-        return _NativeLoss.apply(prediction, clips, mask, t_patch, stride, bool(normalize), valid)
+    refusals = (_refusal(prediction, clips, types) for types in (checks.NATIVE_DTYPES, checks.TRITON_DTYPES))
+    function = _FUNCTIONS.get(choose("motion_loss", backend, prediction, *refusals))
+    if function is not None:
+        return function.apply(prediction, clips, mask, t_patch, stride, bool(normalize), valid)
     return torch.ops.jmm_fast.motion_loss(
         prediction, clips, mask, t_patch=t_patch, stride=stride, normalize=normalize, valid=valid
     )
 
 
-def _refusal(prediction: Tensor, clips: Tensor) -> str | None:
-    """Why the C++ kernel cannot take these inputs; None when it can."""
-    if prediction.dtype not in (torch.float32, torch.bfloat16):
-        return f"it takes a float32 or bfloat16 prediction, got {checks.describe(prediction)}"
+def _refusal(prediction: Tensor, clips: Tensor, types: tuple[torch.dtype, ...]) -> str | None:
+    """Why a kernel that takes predictions of these types cannot take these inputs; None when it can."""
+    if prediction.dtype not in types:
+        return f"it takes a {checks.either(types)} prediction, got {checks.describe(prediction)}"
     if clips.dtype != torch.float32:
         return f"it takes float32 clips, got {checks.describe(clips)}"
     if clips.requires_grad and torch.is_grad_enabled():
@@ -121,8 +129,54 @@ class _NativeLoss(torch.autograd.Function):
         return gradient * grad_loss, None, None, None, None, None, None
 
 
+class _TritonLoss(torch.autograd.Function):
+    """The Triton kernels: errors are kept, and scaled when the gradient of the loss is known."""
+
+    @staticmethod
+    def forward(ctx, prediction, clips, mask, t_patch, stride, normalize, valid):
+        loss, errors, factor = torch.ops.jmm_fast.motion_loss_triton_forward(
+            prediction, clips, mask, t_patch, stride, normalize, ctx.needs_input_grad[0], valid
+        )
+        ctx.save_for_backward(errors, factor)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss):
+        gradient = torch.ops.jmm_fast.motion_loss_triton_backward(grad_loss, *ctx.saved_tensors)
+        return gradient, None, None, None, None, None, None
+
+
+_FUNCTIONS = {"cpu": _NativeLoss, "triton": _TritonLoss}
+
+
+@torch.library.impl(library, "motion_loss_triton_forward", "CompositeExplicitAutograd")
+def _triton_forward(prediction, clips, mask, t_patch, stride, normalize, differentiate, valid=None):
+    from jmm_fast.kernels import motion_loss as kernel
+
+    return kernel.forward(prediction, clips, mask, t_patch, stride, normalize, differentiate, valid)
+
+
+@torch.library.impl(library, "motion_loss_triton_backward", "CompositeExplicitAutograd")
+def _triton_backward(grad_loss, errors, factor):
+    from jmm_fast.kernels import motion_loss as kernel
+
+    return kernel.backward(grad_loss, errors, factor)
+
+
 @torch.library.register_fake("jmm_fast::motion_loss_forward", lib=library)
 def _fake_forward(prediction, clips, mask, t_patch, stride, normalize, differentiate, valid=None):
     bodies, rows, numbers = prediction.shape
     loss = prediction.new_empty((), dtype=torch.float32)
     return loss, prediction.new_empty(bodies if differentiate else 0, rows, numbers)
+
+
+@torch.library.register_fake("jmm_fast::motion_loss_triton_forward", lib=library)
+def _fake_triton_forward(prediction, *inputs):
+    loss, errors = _fake_forward(prediction, *inputs)
+    return loss, errors, torch.empty_like(loss)
+
+
+@torch.library.register_fake("jmm_fast::motion_loss_triton_backward", lib=library)
+def _fake_triton_backward(grad_loss, errors, factor):
+    return torch.empty_like(errors)

@@ -11,15 +11,22 @@ from jmm_fast.ops.backend import choose, library
 
 VARIANTS = ("released", "paper", "mamp")
 
+MOST_TOKENS = 4096
+"""Tokens of a body that the CUDA kernel can hold in the shared memory of a block."""
+
 library.define(
     "motion_mask(Tensor clips, float mask_ratio, float tau, int t_patch, str variant, float? gate, Tensor? uniform, "
     "SymInt seed, SymInt epoch, Tensor? clip_ids, str backend, Tensor? valid=None) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-# What the C++ extension serves, called inside the op above: compilers see that one alone. The last result counts the
-# bodies whose set was settled in double precision.
+# What the extensions serve, called inside the op above: compilers see that one alone. The last result on the CPU counts
+# the bodies whose set was settled in double precision.
 library.define(
     "motion_mask_cpu(Tensor clips, int kept, float tau, int t_patch, int variant, float gate, Tensor? uniform, "
     "int seed, int epoch, Tensor? clip_ids, Tensor? valid=None) -> (Tensor, Tensor, Tensor, Tensor, int)"
+)
+library.define(
+    "motion_mask_cuda(Tensor clips, int kept, float tau, int t_patch, int variant, float gate, Tensor? uniform, "
+    "int seed, int epoch, Tensor? clip_ids, Tensor? valid=None) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -88,7 +95,8 @@ def motion_mask(
             clip's index in the dataset plus ``body << 32``, and None means ``0..B-1``.
         valid: bool ``[B,L]``, True where a token was seen in all of its frames; None: all were. All True gives what
             None gives, bit for bit.
-        backend: see ``jmm_fast.backends()``. ``"cpu"`` takes float32, bfloat16 or float16 clips and draws.
+        backend: see ``jmm_fast.backends()``. ``"cpu"`` and ``"cuda"`` take float32, bfloat16 or float16 clips and
+            draws, ``"cuda"`` at most 4096 tokens.
 
     Returns:
         ``MotionMask``. Not differentiable.
@@ -133,7 +141,10 @@ def motion_mask(
         ),
         None,
     )
-    backend = choose("motion_mask", backend, clips, refusal)
+    gpu_refusal = refusal
+    if tokens > MOST_TOKENS:
+        gpu_refusal = f"clips must have at most {MOST_TOKENS} tokens a body, got {tokens}"
+    backend = choose("motion_mask", backend, clips, refusal, gpu_refusal)
     return MotionMask(
         *torch.ops.jmm_fast.motion_mask(
             clips, mask_ratio, tau, t_patch, variant, gate, uniform, seed, epoch, clip_ids, backend, valid
@@ -156,8 +167,9 @@ def _run(
     backend: str,
     valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if backend == "cpu":
-        visible, mask, restore, probability, _ = torch.ops.jmm_fast.motion_mask_cpu(
+    if backend in ("cpu", "cuda"):
+        kernel = torch.ops.jmm_fast.motion_mask_cpu if backend == "cpu" else torch.ops.jmm_fast.motion_mask_cuda
+        visible, mask, restore, probability, *_ = kernel(
             clips.float(),
             reference.num_visible(clips.shape[1] // t_patch * clips.shape[2], mask_ratio),
             tau,

@@ -16,21 +16,18 @@ library.define(
 library.impl("token_grid_gather", reference.token_grid_gather, "CompositeImplicitAutograd")
 library.impl("token_grid_scatter", reference.token_grid_scatter, "CompositeImplicitAutograd")
 
-library.define("token_grid_gather_forward(Tensor clips, Tensor visible, int t_patch) -> Tensor")
-library.define(
-    "token_grid_gather_backward(Tensor grad_out, Tensor visible, int t_patch, int frames, int joints, int channels) "
-    "-> Tensor"
-)
-library.define(
-    "token_grid_scatter_forward(Tensor tokens, Tensor restore, Tensor mask_token, Tensor joint_embedding, "
-    "Tensor time_embedding) -> Tensor"
-)
-library.define(
-    "token_grid_scatter_backward(Tensor grad_out, Tensor restore, int kept, int joints, int steps, ScalarType dtype) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
-)
-
-_NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+_SCHEMAS = {
+    "gather_forward": "(Tensor clips, Tensor visible, int t_patch) -> Tensor",
+    "gather_backward": "(Tensor grad_out, Tensor visible, int t_patch, int frames, int joints, int channels) -> Tensor",
+    "scatter_forward": "(Tensor tokens, Tensor restore, Tensor mask_token, Tensor joint_embedding, "
+    "Tensor time_embedding) -> Tensor",
+    "scatter_backward": "(Tensor grad_out, Tensor restore, int kept, int joints, int steps, ScalarType dtype) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+}
+for _name, _schema in _SCHEMAS.items():
+    # In C++ for the CPU; as Triton kernels, on CUDA tensors or in Triton's interpreter.
+    library.define(f"token_grid_{_name}{_schema}")
+    library.define(f"token_grid_triton_{_name}{_schema}")
 
 
 def token_grid_gather(clips: Tensor, visible: Tensor, *, t_patch: int = 4, backend: str = "auto") -> Tensor:
@@ -42,7 +39,7 @@ def token_grid_gather(clips: Tensor, visible: Tensor, *, t_patch: int = 4, backe
         clips: floating ``[B,T,V,C]``, ``T`` a multiple of ``t_patch``.
         visible: int64 ``[B,K]``, token numbers in ``[0, L)`` (``MotionMask.visible``).
         t_patch: frames per token, ``u``.
-        backend: see ``jmm_fast.backends()``. ``"cpu"`` takes float32 or bfloat16.
+        backend: see ``jmm_fast.backends()``. ``"cpu"`` takes float32 or bfloat16, ``"triton"`` float16 too.
 
     Returns:
         ``[B,K,u*C]`` of the dtype of ``clips``; differentiable in ``clips``.
@@ -63,8 +60,9 @@ def token_grid_gather(clips: Tensor, visible: Tensor, *, t_patch: int = 4, backe
     )
     checks.require(visible.shape[0] == clips.shape[0], "visible", f"int64 [{clips.shape[0]},K]", visible)
     checks.same_device(clips=clips, visible=visible)
-    if choose("token_grid", backend, clips, _refusal(clips=clips)) == "cpu":
-        return _NativeGather.apply(clips, visible, t_patch)
+    backend = choose("token_grid", backend, clips, *_refusals(clips=clips))
+    if backend in ("cpu", "triton"):
+        return _NativeGather.apply(clips, visible, t_patch, backend)
     return torch.ops.jmm_fast.token_grid_gather(clips, visible, t_patch)
 
 
@@ -87,7 +85,8 @@ def token_grid_scatter(
         mask_token: floating ``[d]``.
         joint_embedding: floating ``[V,d]``.
         time_embedding: floating ``[T',d]`` with ``T' * V = L``.
-        backend: see ``jmm_fast.backends()``. ``"cpu"`` takes float32 or bfloat16, computed in float32.
+        backend: see ``jmm_fast.backends()``. ``"cpu"`` takes float32 or bfloat16, ``"triton"`` float16 too, both
+            computed in float32.
 
     Returns:
         ``[B,L,d]`` of the dtype that tokens and embeddings promote to; differentiable in all but ``restore``.
@@ -95,7 +94,8 @@ def token_grid_scatter(
     Raises:
         ValueError: wrong shape, dtype or device.
 
-    Deterministic on the CPU, for any number of threads. Source: MAE (He et al., CVPR 2022), MAMP (ICCV 2023).
+    Deterministic: repeatable bit for bit, for any number of threads; ``"reference"`` on the CPU alone. Source:
+    MAE (He et al., CVPR 2022), MAMP (ICCV 2023).
     """
     checks.floating("tokens", tokens, "[B,K,d]", 3)
     dim = tokens.shape[2]
@@ -131,75 +131,106 @@ def token_grid_scatter(
         joint_embedding=joint_embedding,
         time_embedding=time_embedding,
     )
-    refusal = _refusal(
+    refusals = _refusals(
         tokens=tokens, mask_token=mask_token, joint_embedding=joint_embedding, time_embedding=time_embedding
     )
-    if choose("token_grid", backend, tokens, refusal) == "cpu":
-        return _NativeScatter.apply(tokens, restore, mask_token, joint_embedding, time_embedding)
+    backend = choose("token_grid", backend, tokens, *refusals)
+    if backend in ("cpu", "triton"):
+        return _NativeScatter.apply(tokens, restore, mask_token, joint_embedding, time_embedding, backend)
     return torch.ops.jmm_fast.token_grid_scatter(tokens, restore, mask_token, joint_embedding, time_embedding)
 
 
-def _refusal(**tensors: Tensor) -> str | None:
-    """Why the C++ kernel cannot take these inputs; None when it can."""
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _NATIVE_DTYPES:
-            return f"it takes float32 or bfloat16 {name}, got {checks.describe(tensor)}"
-    return None
+def _refusals(**tensors: Tensor) -> list[str | None]:
+    """Why the C++ and the Triton kernel cannot take these inputs; None where one can."""
+    return [
+        next(
+            (
+                f"it takes {checks.either(types)} {name}, got {checks.describe(tensor)}"
+                for name, tensor in tensors.items()
+                if tensor.dtype not in types
+            ),
+            None,
+        )
+        for types in (checks.NATIVE_DTYPES, checks.TRITON_DTYPES)
+    ]
+
+
+_KERNELS = {
+    backend: {name: getattr(torch.ops.jmm_fast, f"token_grid_{prefix}{name}") for name in _SCHEMAS}
+    for backend, prefix in (("cpu", ""), ("triton", "triton_"))
+}
 
 
 class _NativeGather(torch.autograd.Function):
-    """Forward and backward kernels of the C++ extension as one differentiable function."""
+    """Forward and backward kernels of a backend as one differentiable function."""
 
     @staticmethod
-    def forward(ctx, clips, visible, t_patch):
+    def forward(ctx, clips, visible, t_patch, backend):
         ctx.save_for_backward(visible)
-        ctx.t_patch, ctx.sizes = t_patch, clips.shape[1:]
-        return torch.ops.jmm_fast.token_grid_gather_forward(clips, visible, t_patch)
+        ctx.t_patch, ctx.sizes, ctx.backend = t_patch, clips.shape[1:], backend
+        return _KERNELS[backend]["gather_forward"](clips, visible, t_patch)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
         (visible,) = ctx.saved_tensors
-        return torch.ops.jmm_fast.token_grid_gather_backward(grad_out, visible, ctx.t_patch, *ctx.sizes), None, None
+        grad = _KERNELS[ctx.backend]["gather_backward"](grad_out, visible, ctx.t_patch, *ctx.sizes)
+        return grad, None, None, None
 
 
 class _NativeScatter(torch.autograd.Function):
-    """Forward and backward kernels of the C++ extension as one differentiable function."""
+    """Forward and backward kernels of a backend as one differentiable function."""
 
     @staticmethod
-    def forward(ctx, tokens, restore, mask_token, joint_embedding, time_embedding):
+    def forward(ctx, tokens, restore, mask_token, joint_embedding, time_embedding, backend):
         ctx.save_for_backward(restore)
         ctx.sizes = tokens.shape[1], joint_embedding.shape[0], time_embedding.shape[0]
         ctx.dtypes = tokens.dtype, mask_token.dtype, joint_embedding.dtype, time_embedding.dtype
-        return torch.ops.jmm_fast.token_grid_scatter_forward(
-            tokens, restore, mask_token, joint_embedding, time_embedding
-        )
+        ctx.backend = backend
+        return _KERNELS[backend]["scatter_forward"](tokens, restore, mask_token, joint_embedding, time_embedding)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
         (restore,) = ctx.saved_tensors
-        grads = torch.ops.jmm_fast.token_grid_scatter_backward(grad_out, restore, *ctx.sizes, ctx.dtypes[0])
+        grads = _KERNELS[ctx.backend]["scatter_backward"](grad_out, restore, *ctx.sizes, ctx.dtypes[0])
         tokens, *rest = (grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
-        return tokens, None, *rest
+        return tokens, None, *rest, None
 
 
+def _on_triton(name: str):
+    def run(*inputs):
+        from jmm_fast.kernels import token_grid as kernel
+
+        return getattr(kernel, name)(*inputs)
+
+    return run
+
+
+for _name in _SCHEMAS:
+    library.impl(f"token_grid_triton_{_name}", _on_triton(_name), "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("jmm_fast::token_grid_triton_gather_forward", lib=library)
 @torch.library.register_fake("jmm_fast::token_grid_gather_forward", lib=library)
 def _fake_gather_forward(clips, visible, t_patch):
     return clips.new_empty(*visible.shape, t_patch * clips.shape[3])
 
 
+@torch.library.register_fake("jmm_fast::token_grid_triton_gather_backward", lib=library)
 @torch.library.register_fake("jmm_fast::token_grid_gather_backward", lib=library)
 def _fake_gather_backward(grad_out, visible, t_patch, frames, joints, channels):
     return grad_out.new_empty(grad_out.shape[0], frames, joints, channels)
 
 
+@torch.library.register_fake("jmm_fast::token_grid_triton_scatter_forward", lib=library)
 @torch.library.register_fake("jmm_fast::token_grid_scatter_forward", lib=library)
 def _fake_scatter_forward(tokens, restore, mask_token, joint_embedding, time_embedding):
     dtype = torch.promote_types(tokens.dtype, torch.promote_types(joint_embedding.dtype, time_embedding.dtype))
     return tokens.new_empty(*restore.shape, tokens.shape[2], dtype=dtype)
 
 
+@torch.library.register_fake("jmm_fast::token_grid_triton_scatter_backward", lib=library)
 @torch.library.register_fake("jmm_fast::token_grid_scatter_backward", lib=library)
 def _fake_scatter_backward(grad_out, restore, kept, joints, steps, dtype):
     bodies, _, width = grad_out.shape

@@ -11,8 +11,10 @@ TINY = {
         "encoder": {"bodies": 2, "tokens": 11},
         "decoder_d16": {"bodies": 1, "tokens": 50},
         "decoder_d64": {"bodies": 1, "tokens": 50},
+        "gpu_decoder": {"bodies": 2, "tokens": 50},
+        "gpu_encoder": {"bodies": 2, "tokens": 11},
     },
-    "motion_mask": {name: {"bodies": 2, "frames": 16} for name in ("b96", "b96_paper", "b8")},
+    "motion_mask": {name: {"bodies": 2, "frames": 16} for name in ("b96", "b96_paper", "b8", "gpu_b1024")},
     "clip_window": {"ntu48": {"clips": 3, "window": 16}},
     "motion_loss": {name: {"bodies": 2, "frames": 16} for name in ("full", "masked")},
     "token_grid": {

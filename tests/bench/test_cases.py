@@ -40,11 +40,12 @@ def test_rows_name_cases_that_there_are():
         assert row.ours.contender in BACKENDS, "what is promised is ours, and checked"
         assert row.against.contender in CONTENDERS
         assert row.ours.op == row.against.op and row.ours.shape == row.against.shape
+        assert row.device == cases.device(row.ours)
     assert len({(row.ours, row.against, row.quantity, row.threads) for row in ROWS}) == len(ROWS)
 
 
 def test_every_promise_of_the_kernels_is_a_row():
-    """Op, dtype, direction, peer and bar of each promise made for the CPU."""
+    """Op, dtype, direction, peer and bar of each promise."""
     promised = {
         (
             row.ours.op,
@@ -55,7 +56,7 @@ def test_every_promise_of_the_kernels_is_a_row():
             row.quantity,
         ): row.bar
         for row in ROWS
-        if row.bar is not None
+        if row.bar is not None and row.device == "cpu"
     }
     op, single, half = "topology_attention", "float32", "bfloat16"
     assert promised == {
@@ -74,6 +75,37 @@ def test_every_promise_of_the_kernels_is_a_row():
         ("step", single, "step", "reference", single, "memory"): 3.0,
         ("step", half, "step", "reference", single, "memory"): 3.0,
     }
+
+
+def test_every_promise_for_a_gpu_is_a_row():
+    promised = {
+        (row.ours.op, row.ours.shape, row.ours.dtype, row.ours.direction, row.against.contender): row.bar_text
+        for row in ROWS
+        if row.bar is not None and row.device == "cuda"
+    }
+    bars = {
+        "flex": ">= 1.5x faster",
+        "sdpa": "<= 1.15x its time",
+        "sdpa_mask": ">= 4x faster",
+        "reference": ">= 15x faster",
+    }
+    expected = {
+        ("topology_attention", shape, "bfloat16", direction, peer): bar
+        for shape in ("gpu_decoder", "gpu_encoder")
+        for direction in ("forward", "forward_backward")
+        for peer, bar in bars.items()
+    }
+    expected["motion_mask", "gpu_b1024", "float32", "forward", "reference"] = ">= 15x faster"
+    assert promised == expected
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cases_of_a_gpu_need_one():
+    for case in cases.all_cases():
+        if cases.device(case) == "cuda":
+            assert cases.unavailable(case) == "needs a GPU"
+        elif case.contender in ("triton", "cuda"):
+            assert cases.unavailable(case) == f"{case.contender} has no kernel for CPU tensors"
 
 
 def test_cases_by_name():
@@ -149,7 +181,8 @@ def test_lengths_are_spread_as_told():
 
 def test_limits_are_rates():
     found = limits(size=64, repeats=2)
-    assert found.keys() == UNITS.keys() and all(value > 0 for value in found.values())
+    gpu = {name for name in UNITS if name.startswith("gpu_") and not torch.cuda.is_available()}
+    assert found.keys() == UNITS.keys() - gpu and all(value > 0 for value in found.values())
 
 
 def test_peak_memory_counts_what_a_case_needs():

@@ -50,6 +50,7 @@ def test_the_record_holds_what_a_reader_needs(tiny):
         "quick": True,
         "threads": torch.get_num_threads(),
         "pages": pages(),
+        "device": None,
     }
     assert record["versions"]["torch"] == torch.__version__
     for moment in ("before", "after"):
@@ -93,6 +94,28 @@ def test_a_row_for_a_gpu_is_listed_where_there_is_none(monkeypatch):
     assert row["reason"] == "needs a GPU" and row["holds"] is None and row["bar"] == 2.0
     assert record["passed"] is True and not record["parity"]
     assert "needs a GPU" in shown(record)
+
+
+def test_a_row_for_a_gpu_tells_rates_and_memory(monkeypatch):
+    """The GPU's clock and its memory are made up: what is recorded of them is looked at."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr("jmm_fast.bench.record.limits", dict)
+    monkeypatch.setattr("jmm_fast.bench.record.BACKENDS", ())
+    monkeypatch.setattr("jmm_fast.bench.cases.unavailable", lambda case: None)
+    monkeypatch.setattr("jmm_fast.bench.cases.prepare", lambda case: case)
+    seconds = {"triton": 1e-3, "flex": 3e-3}
+    monkeypatch.setattr("jmm_fast.bench.record.on_gpu", lambda case, calls: seconds[case.contender])
+    monkeypatch.setattr("jmm_fast.bench.record.peak_on_gpu", lambda case: len(case.contender))
+    ours, against = (Case("topology_attention", "gpu_decoder", "bfloat16", "forward", name) for name in seconds)
+    rows = [Row(ours=ours, against=against, bar=1.5, device="cuda"), Row(ours=LOSS, against=PLAIN)]
+    record = measure(rows=rows, device="cuda")
+    (row,) = record["rows"]
+    assert row["ratio"]["median"] == 3.0 and row["holds"] is True
+    assert row["peak_bytes"] == {"ours": 6, "against": 4}
+    # 96 bodies, 8 heads, two products of 750 x 750 x 32 at two operations each.
+    assert row["tflops"] == {"ours": 55.3, "against": 18.43}
+    assert "1 ms, 55.3 TFLOP/s" in shown(record)
 
 
 def test_a_row_for_an_instruction_set_that_is_not_in_use(monkeypatch):
@@ -192,6 +215,7 @@ def test_the_command_prints_the_table_and_writes_the_record(tiny, capsys, tmp_pa
         "quick": True,
         "threads": 1,
         "pages": "default",
+        "device": None,
     }
     captured = capsys.readouterr()
     assert "token_grid" in captured.out and "reference" in captured.out and "limits before and after" in captured.out

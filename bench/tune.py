@@ -1,0 +1,214 @@
+"""Choose the block sizes of the Triton kernels on the GPU at hand.
+
+    python bench/tune.py                        # all tables; some minutes
+    python bench/tune.py topology_attention
+
+Every candidate of a table's entry is put into the table, launched at the size the entry serves, and timed with CUDA
+events; one that does not fit the GPU is passed over. Prints the best of each entry beside the one that is shipped and
+writes ``bench/results/tune_ARCHITECTURE.json``. The tables in ``kernels/`` are then changed by hand, after
+``make test-gpu``: sizes are never chosen while a program runs.
+"""
+
+import argparse
+import importlib
+import itertools
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+BODIES = 256
+ROUNDS = 25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """An entry of a kernel's table: where it is, what is launched to time it, and what is tried."""
+
+    kernel: str
+    table: str
+    key: tuple[int, ...]
+    launch: Callable[[], Callable[[], object]]
+    candidates: Iterable[tuple[int, ...]]
+
+
+def attention(dtype: torch.dtype, dim: int, length: int, backward: bool) -> Callable[[], Callable[[], object]]:
+    def prepare() -> Callable[[], object]:
+        from jmm_fast.kernels import topology_attention as kernel
+
+        q, k, v = torch.randn(BODIES, length, 3, 8, dim, device="cuda", dtype=dtype).permute(2, 0, 3, 1, 4)
+        table = torch.randn(8, 25, 25, device="cuda")
+        joints = torch.arange(length, device="cuda") % 25
+        joints = joints if length > 128 else joints.expand(BODIES, -1)
+        inputs = (q, k, v, table, joints)
+        if not backward:
+            return lambda: kernel.forward(*inputs, False, dim**-0.5)
+        out, statistics = kernel.forward(*inputs, False, dim**-0.5)
+        return lambda: kernel.backward(out, *inputs, out, statistics, False, dim**-0.5)
+
+    return prepare
+
+
+def loss(dtype: torch.dtype) -> Callable[[], Callable[[], object]]:
+    def prepare() -> Callable[[], object]:
+        from jmm_fast.kernels import motion_loss as kernel
+
+        prediction = torch.randn(BODIES, 676, 12, device="cuda", dtype=dtype)
+        clips = torch.randn(BODIES, 120, 25, 3, device="cuda")
+        mask = (torch.arange(750, device="cuda") < 676).expand(BODIES, -1)
+        return lambda: kernel.forward(prediction, clips, mask, 4, 1, True, True, None)
+
+    return prepare
+
+
+def grid(backward: bool) -> Callable[[], Callable[[], object]]:
+    def prepare() -> Callable[[], object]:
+        from jmm_fast.kernels import token_grid as kernel
+
+        tokens = torch.randn(BODIES, 74, 256, device="cuda", dtype=torch.bfloat16)
+        restore = torch.rand(BODIES, 750, device="cuda").argsort(1)
+        embeddings = [torch.randn(*shape, 256, device="cuda") for shape in ((), (25,), (30,))]
+        out = kernel.scatter_forward(tokens, restore, *embeddings)
+        if backward:
+            return lambda: kernel.scatter_backward(out, restore, 74, 25, 30, tokens.dtype)
+        return lambda: kernel.scatter_forward(tokens, restore, *embeddings)
+
+    return prepare
+
+
+def window() -> Callable[[], object]:
+    from jmm_fast.kernels import clip_window as kernel
+
+    frames = torch.randn(100 * BODIES, 25, 3, device="cuda")
+    start = torch.arange(BODIES, device="cuda") * 100
+    length = torch.full_like(start, 90)
+    angles = torch.rand(BODIES, 3, device="cuda")
+    return lambda: kernel.forward(frames, start, length, angles, 120)
+
+
+def entries() -> list[Entry]:
+    """What is tuned: the entries that training, finetuning and evaluation in bfloat16 use."""
+    half, any_size = torch.bfloat16, 1 << 30
+    blocks = list(itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (2, 4, 8), (1, 2, 3, 4)))
+    found = []
+    for table, backward in (("FORWARD", False), ("QUERIES", True), ("KEYS", True)):
+        for key, dim, length in (
+            ((2, 64, 128), 32, 74),
+            ((2, 64, any_size), 32, 750),
+            ((2, 128, any_size), 128, 750),
+        ):
+            found.append(
+                Entry(
+                    kernel="topology_attention",
+                    table=table,
+                    key=key,
+                    launch=attention(half, dim, length, backward),
+                    candidates=blocks,
+                )
+            )
+    sizes, warps = (256, 512, 1024, 2048, 4096), (1, 2, 4, 8)
+    tiles = list(itertools.product((8, 16, 32, 64), (64, 128, 256), (4, 8, 16, 32), warps))
+    found += [
+        Entry(
+            kernel="motion_loss",
+            table="ERRORS",
+            key=(4, any_size),
+            launch=loss(half),
+            candidates=itertools.product(sizes, warps),
+        ),
+        Entry(
+            kernel="token_grid",
+            table="SCATTER",
+            key=(4, any_size),
+            launch=grid(backward=False),
+            candidates=tiles,
+        ),
+        Entry(kernel="token_grid", table="SUM", key=(4, any_size), launch=grid(backward=True), candidates=tiles),
+        Entry(
+            kernel="clip_window",
+            table="CUT",
+            key=(4, 3),
+            launch=window,
+            candidates=itertools.product((8, 16, 32, 64), (16, 32, 64), warps),
+        ),
+    ]
+    return found
+
+
+def cuda_milliseconds(run: Callable[[], object]) -> float:
+    """Median time of a call on the GPU."""
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(ROUNDS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def tune(entry: Entry, architecture: str, measure: Callable[[Callable[[], object]], float]) -> list[dict]:
+    """All candidates that run, the fastest first; the shipped one is marked. The table is left as it was.
+
+    An entry that its table does not have yet is put before those that serve the same sizes now.
+    """
+    module = importlib.import_module(f"jmm_fast.kernels.{entry.kernel}")
+    tables = getattr(module, entry.table)
+    before = tables[architecture]
+    shipped = next(held for key, held in before.items() if all(a <= b for a, b in zip(entry.key, key, strict=True)))
+    others = {key: held for key, held in before.items() if key != entry.key}
+    run = entry.launch()
+    found = []
+    try:
+        for candidate in dict.fromkeys([shipped, *entry.candidates]):
+            tables[architecture] = {entry.key: candidate} | others
+            try:
+                found.append({"sizes": list(candidate), "ms": measure(run), "shipped": candidate == shipped})
+            except Exception as error:  # too much shared memory, too many registers: Triton has a class for each
+                print(f"  {candidate} does not run: {str(error).splitlines()[0][:80]}", file=sys.stderr)
+    finally:
+        tables[architecture] = before
+    return sorted(found, key=lambda item: item["ms"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kernels", nargs="*", help="modules of jmm_fast.kernels; default all")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("tune.py needs a GPU: there is none here")
+    from jmm_fast.kernels import config
+    from jmm_fast.train.environment import commit, versions
+
+    architecture = config.architecture(torch.cuda.current_device())
+    record = {
+        "gpu": torch.cuda.get_device_name(),
+        "architecture": architecture,
+        "commit": commit(),
+        "versions": versions(),
+        "entries": [],
+    }
+    for entry in entries():
+        if arguments.kernels and entry.kernel not in arguments.kernels:
+            continue
+        found = tune(entry, architecture, cuda_milliseconds)
+        shipped = next(item["ms"] for item in found if item["shipped"])
+        best = found[0]
+        name = f"{entry.kernel}.{entry.table}"
+        print(f"{name} {entry.key}: {tuple(best['sizes'])} {best['ms']:.3f} ms, shipped {shipped:.3f}")
+        record["entries"].append({"table": name, "key": list(entry.key), "tried": len(found), "best": found[:10]})
+    path = arguments.results / f"tune_{architecture}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()
