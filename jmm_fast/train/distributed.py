@@ -62,7 +62,14 @@ def session() -> Iterator[None]:
     except ValueError as error:
         raise SharedError(f"JMM_FAST_TIMEOUT is {text!r}: expected seconds") from error
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timeout)
+        store, number, count = next(dist.rendezvous("env://", timeout=timeout))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpus else "gloo",
+            store=_fresh(store, number, timeout),
+            rank=number,
+            world_size=count,
+            timeout=timeout,
+        )
     except (RuntimeError, ValueError) as error:
         raise _said(
             UserError(f"cannot join the other processes that torchrun started: {_first_line(error)}")
@@ -298,6 +305,23 @@ class _Objective(nn.Module):
 
     def forward(self, batch, epoch: int):
         return self.loss_of(batch, epoch)
+
+
+def _fresh(store: dist.Store, number: int, timeout: datetime.timedelta) -> dist.Store:
+    """A part of ``store`` that this start of the processes has for itself.
+
+    torchrun keeps one store over restarts (torch 2.13), in which the addresses of the dead would be found. The first
+    process opens the next part; another takes the newest in which no earlier process stood in its place.
+    """
+    if number == 0:
+        return dist.PrefixStore(f"start {store.add('start', 1)}", store)
+    limit = time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < limit:
+        newest = store.add("start", 0)
+        if newest and store.add(f"start {newest} rank {number}", 1) == 1:
+            return dist.PrefixStore(f"start {newest}", store)
+        time.sleep(0.05)
+    raise RuntimeError("the first process did not come")
 
 
 def _leave() -> None:

@@ -7,7 +7,16 @@ import yaml
 
 from jmm_fast import recipes
 from jmm_fast.errors import UserError
-from jmm_fast.train.config import RunConfig, check_config, differences, from_dict, load_config, save_config, to_dict
+from jmm_fast.train.config import (
+    OptimConfig,
+    RunConfig,
+    check_config,
+    differences,
+    from_dict,
+    load_config,
+    save_config,
+    to_dict,
+)
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
@@ -101,6 +110,9 @@ def test_broken_files(tmp_path):
         ("data", "batch_size", 0, "data.batch_size is 0"),
         ("optim", "min_lr", 1.0, "optim.min_lr is 1.0"),
         ("optim", "layer_decay", 0.8, "optim.layer_decay is 0.8"),
+        ("optim", "accumulate", 0, "optim.accumulate is 0"),
+        (None, "probe_every", -1, "probe_every is -1"),
+        ("finetune", "optim", OptimConfig(accumulate=2), "finetune.optim.accumulate is 2: expected 1"),
         ("loss", "stride", 120, "loss.stride is 120"),
         ("probe", "batch_size", 1, "probe.batch_size is 1"),
         ("finetune", "labels", 0.0, "finetune.labels is 0.0"),

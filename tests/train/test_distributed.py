@@ -70,9 +70,9 @@ def weights(out):
 
 def check_same(out, whole):
     """Losses, gradient norms and weights agree but for rounding, which AdamW enlarges where gradients are small."""
-    np.testing.assert_allclose(numbers(out, "loss"), numbers(whole, "loss"), rtol=1e-5)
-    np.testing.assert_allclose(numbers(out, "grad_norm"), numbers(whole, "grad_norm"), rtol=1e-4)
-    check_close(weights(out), weights(whole), atol=2e-5)
+    np.testing.assert_allclose(numbers(out, "loss"), numbers(whole, "loss"), rtol=1e-6)
+    np.testing.assert_allclose(numbers(out, "grad_norm"), numbers(whole, "grad_norm"), rtol=1e-5)
+    check_close(weights(out), weights(whole), atol=2e-6)
 
 
 def check_close(ours, theirs, *, atol):
@@ -252,11 +252,11 @@ def test_the_same_finetuning(gappy_clips, tiny, whole, tmp_path):
         folder = out / "finetune" / "pretrained"
         made.append((numbers(folder, "loss", "grad_norm"), checkpoint.latest(folder / "checkpoints").tensors))
     (losses, one), (others, three) = made
-    np.testing.assert_allclose(others, losses, rtol=1e-4)
+    np.testing.assert_allclose(others, losses, rtol=1e-5)
     # Batch normalisation takes out the bias before it, which is noise for the same reason, and remembers it as a mean.
     noise = ("model/fc1.bias", "model/norm.running_mean")
     kept = [name for name in one if name.startswith("model/") and name not in noise]
-    check_close(*({name: state[name] for name in kept} for state in (three, one)), atol=5e-5)
+    check_close(*({name: state[name] for name in kept} for state in (three, one)), atol=5e-6)
 
 
 def test_probes_on_schedule(clips, config, tmp_path):
@@ -280,17 +280,32 @@ def test_probes_on_schedule(clips, config, tmp_path):
     assert abs(shared["knn_top1"] - found[0]["knn_top1"]) <= 1.01 * one
 
 
-def test_torchrun(clips, config, tmp_path):
+def test_torchrun_starts_again_after_a_death(gappy_clips, tiny, whole, tmp_path):
+    """One of two processes is killed; torchrun starts both anew, and the run ends as if nothing had been."""
+    tiny = change(tiny, epochs=20)
     out = tmp_path / "run"
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "jmm_fast"]
-    done = subprocess.run(
-        [*line, *map(str, command(config, clips, out))],
-        capture_output=True,
-        text=True,
-        timeout=ranks.LIMIT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("model written to") == 1
-    whole = pretrain(config, data=clips, out=tmp_path / "whole", say=quiet)
-    np.testing.assert_allclose(numbers(out, "loss"), numbers(whole, "loss"), rtol=1e-5)
+    line = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "1",
+    ]
+    line += ["-m", "jmm_fast", *map(str, command(tiny, gappy_clips, out, "--resume"))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "JMM_FAST_TIMEOUT": "60"}
+    with open(tmp_path / "said", "w") as said, subprocess.Popen(line, stdout=said, stderr=said, env=environment) as run:
+        limit = time.monotonic() + ranks.LIMIT
+        while len(read_lines(out / "metrics.jsonl")) < 4:
+            assert time.monotonic() < limit and run.poll() is None, (tmp_path / "said").read_text()
+            time.sleep(0.005)
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        (second,) = [pid for pid in children if b"\0LOCAL_RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+        os.kill(int(second), signal.SIGKILL)
+        code = run.wait(timeout=ranks.LIMIT)
+    text = (tmp_path / "said").read_text()
+    assert code == 0, text
+    assert text.count("continuing after step") == text.count("model written to") == 1
+    check_same(out, whole(tiny))
