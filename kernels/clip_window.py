@@ -11,7 +11,7 @@ from torch import Tensor
 from jmm_fast.kernels import config
 
 # (bytes an element, 3) at most -> frames, joints, warps.
-_CUT = {(4, 3): (32, 32, 4)}
+_CUT = {(4, 3): (16, 32, 4)}
 CUT = dict.fromkeys(config.ARCHITECTURES.values(), _CUT)
 """Not yet measured on a GPU."""
 
@@ -47,7 +47,7 @@ def _cut(
     low = tl.minimum(source // unit, length - 1)
     high = tl.minimum(low + 1, length - 1)
     weight = tl.minimum(tl.div_rn((source - low * unit).to(tl.float32), span), 1.0)[:, None]
-    # An empty clip may point anywhere: it reads nothing.
+    # An empty clip may point anywhere: it reads nothing. (The interpreter makes an integer of a lone truth value.)
     inside = here & (frame < tl.where(length > 0, window, 0))[:, None]
     column = joint.to(tl.int64)[None, :] * fv
     first = Frames + (start + low)[:, None] * ff + column

@@ -15,7 +15,7 @@ from jmm_fast.kernels import config
 # (bytes an element, width) at most -> sizes.
 _PATCHES = {(4, config.ANY): (1024, 4)}
 _SCATTER = {(4, 64): (32, 64, 8, 4), (4, config.ANY): (16, 128, 8, 4)}
-_ROWS = {(4, 64): (16, 64, 128, 4), (4, config.ANY): (16, 256, 128, 8)}
+_ROWS = {(4, 64): (16, 64, 64, 4), (4, config.ANY): (16, 256, 128, 8)}
 _SUM = {(4, config.ANY): (32, 64, 32, 4)}
 PATCHES, SCATTER, ROWS, SUM = (
     dict.fromkeys(config.ARCHITECTURES.values(), table) for table in (_PATCHES, _SCATTER, _ROWS, _SUM)

@@ -136,8 +136,8 @@ def test_few_and_all_visible(check_gather, check_scatter, gather_problem, scatte
 
 def test_sums_over_many_bodies(check_scatter, scatter_problem, device):
     # Sums that cancel but for a little, over several groups of bodies.
-    grad = 100 + torch.randn(131, 10, 20, device=device)
-    check_scatter(*scatter_problem(bodies=131, joints=5, kept=3, width=20), grad_out=grad)
+    grad = 100 + torch.randn(70, 10, 20, device=device)
+    check_scatter(*scatter_problem(bodies=70, joints=5, kept=3, width=20), grad_out=grad)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
