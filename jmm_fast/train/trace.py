@@ -1,5 +1,6 @@
 """Where a step's time goes: what ``--profile`` leaves in a run."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -40,6 +41,8 @@ class Trace:
     def __init__(self, folder: Path, device: torch.device, parts: tuple[str, ...], say: Callable[[str], None]) -> None:
         self.folder, self.device, self.parts, self.say = folder, device, parts, say
         self._written = False
+        # torch's profiler tells of its own start and stop on stderr.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
         self._profile = profile(
             activities=activities,

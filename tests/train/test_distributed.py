@@ -126,13 +126,15 @@ def test_the_same_run(gappy_clips, tiny, whole, tmp_path, size, changes):
 
 
 def test_a_signal_stops_all_and_fewer_go_on(gappy_clips, tiny, whole, tmp_path):
-    """SIGTERM reaches one of four processes: all stop after the same step; two of them finish the run."""
+    """SIGTERM reaches one of four processes, SIGUSR1 another: all stop after the same step; two finish the run."""
     tiny = change(tiny, epochs=20)
     out = tmp_path / "run"
     started = ranks.start(tmp_path / "said", [command(tiny, gappy_clips, out)] * 4)
     wait_for_steps(started, out, 2)
+    os.kill(started.processes[1].pid, signal.SIGUSR1)
     os.kill(started.processes[2].pid, signal.SIGTERM)
     assert started.wait() == [128 + signal.SIGTERM] * 4
+    assert re.search(r"checkpoint of step \d+ of 60 asked for by a signal", started.said(0))
     assert "checkpoint saved: --resume continues" in started.said(0)
     assert all(started.said(rank) == "" for rank in range(1, 4))
     (stopped,) = checkpoint.steps(out / "checkpoints")[-1:]

@@ -110,7 +110,7 @@ def test_a_full_and_a_read_only_disk(clips, config, tmp_path):
         or subprocess.run([*namespace, "sh", "-c", mount], capture_output=True).returncode
     ):
         pytest.skip("no small file system can be mounted here (unshare --map-root-user --mount)")
-    config = dataclasses.replace(config, keep=99, epochs=10, log_every=1)
+    config = dataclasses.replace(config, keep=99, log_every=1)
     save_config(tmp_path / "tiny.yaml", config)
     script = f'{mount} && exec "$@"'
     arguments = [sys.executable, "-c", SMALL_DISK, str(tmp_path / "tiny.yaml"), str(clips), str(disk)]
