@@ -50,7 +50,8 @@ CHECKED := tests/kernels -k "test_parity_over_shapes or test_parity_over_head_wi
 
 test-gpu: install
 	@if $(GPU); then set -e; \
-	  $(BIN)/python -m pytest tests/kernels tests/cuda tests/bench -q; \
+	  $(BIN)/python -m pytest -q tests/kernels tests/cuda; \
+	  $(BIN)/python -m pytest -q tests/bench -k gpu; \
 	  if command -v $(CHECKER) > /dev/null; then \
 	    for tool in memcheck racecheck; do \
 	      PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(CHECKER) --tool $$tool --error-exitcode 1 \

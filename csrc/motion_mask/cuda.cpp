@@ -28,8 +28,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run(const Tensor& clips, int64_t kept
     const torch::stable::accelerator::DeviceGuard guard(device);
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-    const char* error = launch(p, call.result, stream);
-    STD_TORCH_CHECK(error == nullptr, "motion_mask on ", device, ": ", error);
+    const char* error = launch(p, call.result, device, stream);
+    STD_TORCH_CHECK(error == nullptr, "motion_mask on cuda:", device, ": ", error);
   }
   return {call.visible, call.mask, call.restore, call.probability};
 }

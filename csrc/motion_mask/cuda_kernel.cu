@@ -21,14 +21,16 @@ const char* words_for(cudaError_t error) { return error == cudaSuccess ? nullptr
 
 int64_t most_tokens() { return kMostTokens; }
 
-const char* launch(const Problem& p, const Result& result, void* stream) {
+const char* launch(const Problem& p, const Result& result, int device, void* stream) {
   const auto kernel =
       p.patch == 4 && p.coordinates == 3 && p.coordinate_stride == 1 ? draw_masks<4, 3> : draw_masks<0, 0>;
   const int bytes = Memory::bytes(static_cast<int>(p.tokens));
-  if (bytes > 48 << 10) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error != cudaSuccess) return words_for(error);
+  // This module has a CUDA runtime of its own, which knows nothing of the device that torch's has chosen.
+  cudaError_t error = cudaSetDevice(device);
+  if (error == cudaSuccess && bytes > 48 << 10) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   }
+  if (error != cudaSuccess) return words_for(error);
   kernel<<<static_cast<unsigned>(p.bodies), kThreads, bytes, static_cast<cudaStream_t>(stream)>>>(p, result);
   return words_for(cudaGetLastError());
 }

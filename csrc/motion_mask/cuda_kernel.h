@@ -9,8 +9,9 @@ namespace jmm_fast::motion_mask::cuda {
 /// The most tokens of a body that `launch` takes.
 int64_t most_tokens();
 
-/// Draws the masks on `stream`, a cudaStream_t of the current device. Null, or CUDA's words for what went wrong.
-const char* launch(const Problem&, const Result&, void* stream);
+/// Draws the masks on `stream`, a cudaStream_t of GPU number `device`, which becomes the current one. Null, or CUDA's
+/// words for what went wrong.
+const char* launch(const Problem&, const Result&, int device, void* stream);
 
 /// Null when the kernel can be loaded on the current device, else CUDA's words for why not.
 const char* load_error();

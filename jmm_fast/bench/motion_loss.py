@@ -17,6 +17,7 @@ T_PATCH, PATCH = 4, 12
 SHAPES = {
     "full": {"bodies": 96, "frames": 120, "prediction": "all tokens"},
     "masked": {"bodies": 96, "frames": 120, "prediction": "masked tokens"},
+    "gpu_masked": {"bodies": 1024, "frames": 120, "prediction": "masked tokens", "device": "cuda"},
 }
 
 
@@ -32,7 +33,9 @@ def _problem(bodies: int, frames: int, masked_only: bool, generator: torch.Gener
 def prepare(case: Case) -> Callable[[], object]:
     size = SHAPES[case.shape]
     generator = torch.Generator().manual_seed(0)
-    prediction, clips, mask = _problem(size["bodies"], size["frames"], case.shape == "masked", generator)
+    masked_only = size["prediction"] == "masked tokens"
+    problem = _problem(size["bodies"], size["frames"], masked_only, generator)
+    prediction, clips, mask = (x.to(size.get("device", "cpu")) for x in problem)
     prediction = prediction.to(case.torch_dtype)
 
     def loss() -> Tensor:
@@ -52,10 +55,11 @@ def prepare(case: Case) -> Callable[[], object]:
 
 def checks(dtype: str, contender: str) -> Iterator[Check]:
     kind = getattr(torch, dtype)
+    device = "cuda" if contender == "triton" else "cpu"
     generator = torch.Generator().manual_seed(0)
     for bodies, frames in ((1, 8), (3, 40), (8, 120)):
         for masked_only in (False, True):
-            prediction, clips, mask = _problem(bodies, frames, masked_only, generator)
+            prediction, clips, mask = (x.to(device) for x in _problem(bodies, frames, masked_only, generator))
             clips[-1, : frames // 2] = 0
             for stride, normalize in ((1, True), (2, True), (1, False)):
                 settings = {"t_patch": T_PATCH, "stride": stride, "normalize": normalize}
@@ -70,12 +74,12 @@ def checks(dtype: str, contender: str) -> Iterator[Check]:
                     return plain(prediction, clips.double())
 
                 # Clips are data: the kernel leaves their gradient to the plain twin.
-                inputs = [prediction.to(kind)]
+                inputs, seed = [prediction.to(kind)], torch.tensor(1.0, device=device)
                 yield from compare(
                     ("loss", "dprediction"),
-                    results(ours, inputs, torch.tensor(1.0)),
-                    results(plain, inputs, torch.tensor(1.0)),
-                    results(exact, [x.double() for x in inputs], torch.tensor(1.0, dtype=torch.float64)),
+                    results(ours, inputs, seed),
+                    results(plain, inputs, seed),
+                    results(exact, [x.double() for x in inputs], seed.double()),
                     torch.finfo(kind).eps,
                     where=f"B={bodies} T={frames} {'masked ' if masked_only else ''}s={stride} n={int(normalize)} ",
                 )
@@ -89,7 +93,7 @@ WORKLOAD = Workload(
     shapes=SHAPES,
     dtypes=("float32", "bfloat16"),
     directions=("forward", "forward_backward"),
-    contenders=("cpu", "reference"),
+    contenders=("cpu", "triton", "reference"),
     prepare=prepare,
     checks=checks,
     unavailable=missing,

@@ -15,6 +15,7 @@ JOINTS = 25
 SHAPES = {
     "gather": {"bodies": 96, "frames": 120, "visible": 74},
     "scatter": {"bodies": 96, "frames": 120, "visible": 74, "width": 256},
+    "gpu_scatter": {"bodies": 1024, "frames": 120, "visible": 74, "width": 256, "device": "cuda"},
 }
 
 
@@ -33,9 +34,10 @@ def prepare(case: Case) -> Callable[[], object]:
     if case.shape == "gather":
         clips = moving_clips(bodies, size["frames"]).to(case.torch_dtype)
         return lambda: ops.token_grid_gather(clips, visible, backend=case.contender)
-    width = size["width"]
+    width, device = size["width"], size.get("device", "cpu")
+    restore = restore.to(device)
     leaves = [
-        torch.randn(*shape, width, generator=generator).to(case.torch_dtype)
+        torch.randn(*shape, width, generator=generator).to(device, case.torch_dtype)
         for shape in ((bodies, size["visible"]), (), (JOINTS,), (steps,))
     ]
 
@@ -46,7 +48,7 @@ def prepare(case: Case) -> Callable[[], object]:
         return torch.no_grad()(scatter)
     for leaf in leaves:
         leaf.requires_grad_()
-    seed = torch.randn(bodies, steps * JOINTS, width, generator=generator).to(case.torch_dtype)
+    seed = torch.randn(bodies, steps * JOINTS, width, generator=generator).to(device, case.torch_dtype)
 
     def run() -> Tensor:
         for leaf in leaves:
@@ -60,16 +62,17 @@ def prepare(case: Case) -> Callable[[], object]:
 def checks(dtype: str, contender: str) -> Iterator[Check]:
     kind = getattr(torch, dtype)
     eps = torch.finfo(kind).eps
+    device = "cuda" if contender == "triton" else "cpu"
     generator = torch.Generator().manual_seed(0)
     for bodies, steps, visible, width in ((1, 2, 5, 16), (3, 30, 74, 256)):
-        kept, restore = _order(bodies, steps * JOINTS, visible, generator)
-        clips = moving_clips(bodies, steps * 4).to(kind)
+        kept, restore = (x.to(device) for x in _order(bodies, steps * JOINTS, visible, generator))
+        clips = moving_clips(bodies, steps * 4).to(device, kind)
         where = f"B={bodies} steps={steps} "
 
         def gather(backend, kept=kept):
             return lambda poses: ops.token_grid_gather(poses, kept, backend=backend)
 
-        seed = torch.randn(bodies, visible, 12, generator=generator).to(kind)
+        seed = torch.randn(bodies, visible, 12, generator=generator).to(device, kind)
         yield from compare(
             ("gather", "dclips"),
             results(gather(contender), [clips], seed),
@@ -83,10 +86,10 @@ def checks(dtype: str, contender: str) -> Iterator[Check]:
             return lambda tokens, *rest: ops.token_grid_scatter(tokens, restore, *rest, backend=backend)
 
         leaves = [
-            torch.randn(*shape, width, generator=generator).to(kind)
+            torch.randn(*shape, width, generator=generator).to(device, kind)
             for shape in ((bodies, visible), (), (JOINTS,), (steps,))
         ]
-        seed = torch.randn(bodies, steps * JOINTS, width, generator=generator).to(kind)
+        seed = torch.randn(bodies, steps * JOINTS, width, generator=generator).to(device, kind)
         yield from compare(
             ("scatter", "dtokens", "dmask_token", "djoint", "dtime"),
             results(scatter(contender), leaves, seed),
@@ -107,7 +110,7 @@ WORKLOAD = Workload(
     shapes=SHAPES,
     dtypes=("float32", "bfloat16"),
     directions=("forward", "forward_backward"),
-    contenders=("cpu", "reference"),
+    contenders=("cpu", "triton", "reference"),
     prepare=prepare,
     checks=checks,
     unavailable=missing,

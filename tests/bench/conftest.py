@@ -16,10 +16,11 @@ TINY = {
     },
     "motion_mask": {name: {"bodies": 2, "frames": 16} for name in ("b96", "b96_paper", "b8", "gpu_b1024")},
     "clip_window": {"ntu48": {"clips": 3, "window": 16}},
-    "motion_loss": {name: {"bodies": 2, "frames": 16} for name in ("full", "masked")},
+    "motion_loss": {name: {"bodies": 2, "frames": 16} for name in ("full", "masked", "gpu_masked")},
     "token_grid": {
         "gather": {"bodies": 2, "frames": 16, "visible": 9},
         "scatter": {"bodies": 2, "frames": 16, "visible": 9, "width": 8},
+        "gpu_scatter": {"bodies": 2, "frames": 16, "visible": 9, "width": 8},
     },
     "block": {
         "decoder": {"bodies": 2, "tokens": 50, "width": 32, "heads": 2},

@@ -1,8 +1,10 @@
 """Paired timing against a clock that is told what to say."""
 
 import pytest
+import torch
 
-from jmm_fast.bench.timing import Effort, Spread, pair
+from jmm_fast.bench.memory import peak_on_gpu
+from jmm_fast.bench.timing import Effort, Spread, on_gpu, pair
 
 
 class Machine:
@@ -61,6 +63,14 @@ def test_a_function_of_seconds_is_not_called_for_nothing():
     machine = Machine()
     pair(machine.function("a", 10.0), machine.function("b", 3.0), Effort(seconds=1.0, least=2, most=9), machine.clock)
     assert machine.calls.count("a") == machine.calls.count("b") == 1 + 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_clock_and_memory_of_a_gpu():
+    x = torch.rand(1 << 22, device="cuda")
+    once, twice = (on_gpu(lambda count=count: [x.exp() for _ in range(count)], 50) for count in (20, 40))
+    assert 1.5 < twice / once < 2.5
+    assert x.nbytes <= peak_on_gpu(lambda: x.exp()) < 2 * x.nbytes
 
 
 def test_spread():

@@ -210,6 +210,7 @@ def test_what_was_not_seen_may_hold_anything():
         ({"valid": torch.ones(2, 6, 25, dtype=torch.bool)}, r"valid must be bool \[2, 150\], got bool \[2, 6, 25\]"),
         ({"backend": "fast"}, 'backend must be "auto", "reference"'),
         ({"backend": "triton"}, 'motion_mask: backend "triton" cannot run: this version has no Triton kernel'),
+        ({"backend": "cuda"}, 'motion_mask: backend "cuda" cannot run: (the CUDA extension|it runs on CUDA tensors)'),
     ],
 )
 def test_bad_arguments(change, message):
