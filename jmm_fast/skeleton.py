@@ -140,6 +140,14 @@ def get(name: str) -> Skeleton:
     return layouts[name]
 
 
+def find(parents: Sequence[int], joint_names: Sequence[str] | None = None) -> Skeleton:
+    """The known layout of exactly these joints, else :meth:`Skeleton.from_parents`."""
+    for layout in _layouts().values():
+        if joint_names is not None and (layout.parents, layout.joint_names) == (tuple(parents), tuple(joint_names)):
+            return layout
+    return Skeleton.from_parents(parents, joint_names)
+
+
 def names() -> tuple[str, ...]:
     """Names that :func:`get` knows."""
     return tuple(_layouts())

@@ -26,6 +26,11 @@ class SourceFile:
         """The name without folders and without what follows the first dot of the last part."""
         return PurePosixPath(self.name).name.partition(".")[0]
 
+    @property
+    def bare(self) -> PurePosixPath:
+        """The whole name without its ending."""
+        return PurePosixPath(self.name).with_suffix("")
+
 
 class FileTree:
     """All files below ``path`` that end in one of ``suffixes``, in the order of their names.

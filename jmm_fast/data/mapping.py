@@ -177,8 +177,8 @@ def joint_mapping(source: Skeleton, target: Skeleton, override: Path | None = No
     lost = [name for name, (rule, _) in rows.items() if rule in ("nearest", "missing")]
     if 2 * len(lost) > target.num_joints:
         raise UserError(
-            f"the joints {_some(source.joint_names)} cannot be mapped onto {target.name}: {len(lost)} of its "
-            f"{target.num_joints} joints were not found by name: {_some(lost, 25)}; say where with --joint-map"
+            f"the joints {some(source.joint_names)} cannot be mapped onto {target.name}: {len(lost)} of its "
+            f"{target.num_joints} joints were not found by name: {some(lost, 25)}; say where with --joint-map"
         )
     return JointMapping(
         source=source,
@@ -252,11 +252,12 @@ def _read_override(path: Path, source: Skeleton, target: Skeleton) -> dict[str, 
         joints = [] if wanted is None else wanted if isinstance(wanted, list) and wanted else [wanted]
         for joint in joints:
             if not isinstance(joint, str) or joint not in index:
-                raise UserError(f"{path}: {name}: the data has no joint {joint!r}: it has {_some(index, 40)}")
+                raise UserError(f"{path}: {name}: the data has no joint {joint!r}: it has {some(index, 40)}")
         result[name] = tuple(index[joint] for joint in joints)
     return result
 
 
-def _some(names: Sequence[str] | dict[str, int], count: int = 6) -> str:
+def some(names: Sequence[str] | dict[str, int], count: int = 6) -> str:
+    """The first ``count`` names, for a message, and how many there are in all."""
     names = list(names)
     return ", ".join(names[:count]) + (f", ... ({len(names)} in all)" if len(names) > count else "")

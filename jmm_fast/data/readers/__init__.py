@@ -170,10 +170,7 @@ def _prepare_files(
         say=say,
     ) as contents:
         contents.provenance = {"reader": reader.name, "options": common.plain(options), **contents.provenance}
-        if options.label is not None:
-            common.relabel(contents, source.where, options.label)
-        elif options.where is not None:
-            common.close_up_labels(contents)
+        common.choose_classes(contents, source.where, options)
         warnings = source.finish(contents)
         contents.splits |= common.named_splits(options.split, contents.table(source.where))
         common.add_label_subsets(contents, options)

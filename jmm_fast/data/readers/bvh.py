@@ -15,11 +15,10 @@ import numpy as np
 from jmm_fast import skeleton
 from jmm_fast.data.collect import FileLog, RawClip
 from jmm_fast.data.filetree import FileTree, SourceFile
-from jmm_fast.data.mapping import spine_joints
+from jmm_fast.data.mapping import some, spine_joints
 from jmm_fast.data.readers import common
 from jmm_fast.data.store import StoreContents
 from jmm_fast.errors import UserError
-from jmm_fast.skeleton import Skeleton
 
 MAX_JOINTS = 1024
 """No body has more; a file that opens braces without end is not read to its end."""
@@ -182,7 +181,8 @@ class _BvhSource:
         self.fps = motion.fps if options.fps is None else options.fps
         self._kept = self._select(motion.hierarchy)
         try:
-            self.skeleton = _known(*self._kept[1:])
+            _, names, parents = self._kept
+            self.skeleton = skeleton.find(parents, names)
             self._spine = spine_joints(self.skeleton)
         except UserError as error:
             raise UserError(f"{self.where}: {self._first}: {error}") from error
@@ -224,9 +224,7 @@ class _BvhSource:
         if self._options.center:
             place -= place[0, self._spine].mean(axis=0)
         frames = place.astype(np.float32)[None]
-        return [
-            RawClip(name=str(PurePosixPath(file.name).with_suffix("")), frames=frames, label=label, columns=columns)
-        ]
+        return [RawClip(name=str(file.bare), frames=frames, label=label, columns=columns)]
 
     def finish(self, contents: StoreContents) -> list[str]:
         return []
@@ -237,7 +235,7 @@ class _BvhSource:
         keep = [options.end_sites or not end for end in hierarchy.ends]
         if options.root is not None:
             if options.root not in hierarchy.names:
-                raise UserError(f"--root: there is no joint {options.root!r}, but {_some(hierarchy.names)}")
+                raise UserError(f"--root: there is no joint {options.root!r}, but {some(hierarchy.names)}")
             below = [False] * len(keep)
             for joint, parent in enumerate(hierarchy.parents):
                 below[joint] = hierarchy.names[joint] == options.root or (parent >= 0 and below[parent])
@@ -247,7 +245,7 @@ class _BvhSource:
             for pattern in patterns:
                 found = [fnmatch.fnmatchcase(name, pattern) for name in hierarchy.names]
                 if not any(found):
-                    raise UserError(f"{option}: there is no joint {pattern!r}, but {_some(hierarchy.names)}")
+                    raise UserError(f"{option}: there is no joint {pattern!r}, but {some(hierarchy.names)}")
                 hit = [one or two for one, two in zip(hit, found, strict=True)]
             if patterns:
                 wanted = option == "--joints"
@@ -262,11 +260,11 @@ class _BvhSource:
             parents.append(place.get(parent, -1))
         roots = [hierarchy.names[joint] for joint, parent in zip(kept, parents, strict=True) if parent < 0]
         if len(roots) != 1:
-            raise UserError(f"the joints that are kept must be one tree, but {_some(roots) or 'none'} have none above")
+            raise UserError(f"the joints that are kept must be one tree, but {some(roots) or 'none'} have none above")
         return kept, tuple(hierarchy.names[joint] for joint in kept), tuple(parents)
 
     def _label(self, file: SourceFile) -> tuple[str, dict[str, int | str]]:
-        path = PurePosixPath(file.name).with_suffix("")
+        path = file.bare
         if self._pattern is not None:
             text = str(path) if "/" in self._options.pattern else path.name
             found = self._pattern.fullmatch(text)
@@ -441,22 +439,11 @@ def _compile(pattern: str) -> re.Pattern:
     )
 
 
-def _known(names: tuple[str, ...], parents: tuple[int, ...]) -> Skeleton:
-    for known in map(skeleton.get, skeleton.names()):
-        if (known.joint_names, known.parents) == (names, parents):
-            return known
-    return Skeleton.from_parents(parents, names)
-
-
 def _difference(names: tuple, parents: tuple, first_names: tuple, first_parents: tuple, first: str) -> str:
     more, fewer = [name for name in names if name not in first_names], [n for n in first_names if n not in names]
     if more or fewer:
-        parts = [f"{_some(found)} {word}" for found, word in ((fewer, "missing"), (more, "too many")) if found]
+        parts = [f"{some(found)} {word}" for found, word in ((fewer, "missing"), (more, "too many")) if found]
         what = ", ".join(parts)
     else:
         what = "their order or their parents differ"
     return f"expected the joints of {first}: {what}; --joints and --drop-joints choose those that all have"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:6]) + (f", ... ({len(names)} in all)" if len(names) > 6 else "")

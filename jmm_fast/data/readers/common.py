@@ -87,7 +87,15 @@ def refuse_bombs(where: str, archive: zipfile.ZipFile) -> None:
             )
 
 
-def relabel(contents: StoreContents, where: str, columns: str) -> None:
+def choose_classes(contents: StoreContents, where: str, options: CommonOptions) -> None:
+    """Classes as ``--label`` makes them, or those that ``--where`` leaves a clip of."""
+    if options.label is not None:
+        _relabel(contents, where, options.label)
+    elif options.where is not None:
+        _close_up_labels(contents)
+
+
+def _relabel(contents: StoreContents, where: str, columns: str) -> None:
     """Replace the labels by one class per combination of the ``columns`` that occurs; keep the old as a column."""
     table = contents.table(where)
     parts = [table.column(name.strip(), columns) for name in columns.split(",")]
@@ -106,7 +114,7 @@ def relabel(contents: StoreContents, where: str, columns: str) -> None:
     contents.labels, contents.class_names = labels.reshape(-1).astype(np.int64), names
 
 
-def close_up_labels(contents: StoreContents) -> None:
+def _close_up_labels(contents: StoreContents) -> None:
     """Renumber the classes that occur and forget the others."""
     present, labels = np.unique(contents.labels, return_inverse=True)
     contents.class_names = [contents.class_names[label] for label in present.tolist()]
@@ -232,8 +240,13 @@ def provenance(reader: str, path: Path, options: Any, cleaner: Cleaner) -> dict[
     }
 
 
+def origin_joint(layout: Skeleton) -> int:
+    """The joint that centring puts at the origin: the spine of ntu25, the root of another layout."""
+    return layout.joint_names.index("spine_mid") if layout.name == "ntu25" else layout.root
+
+
 def center_clip(frames: np.ndarray, layout: Skeleton, confidence: np.ndarray | None = None) -> None:
-    """Move a clip, in place, so that the first body's spine (ntu25) or root joint starts at the origin.
+    """Move a clip, in place, so that the first body's :func:`origin_joint` starts at the origin.
 
     What is taken off is where that joint lies in the first frame in which it is seen; a clip without such a frame stays
     as it is. Frames without a body, and joints whose confidence is 0, stay at zero.
@@ -241,7 +254,7 @@ def center_clip(frames: np.ndarray, layout: Skeleton, confidence: np.ndarray | N
     Args:
         frames: float32 ``[M, n, V, 3]``; confidence: float32 ``[M, n, V]`` or None.
     """
-    joint = layout.joint_names.index("spine_mid") if layout.name == "ntu25" else layout.root
+    joint = origin_joint(layout)
     seen = np.broadcast_to(frames.any(axis=(2, 3))[..., None], frames.shape[:3])
     if confidence is not None:
         seen = seen & (confidence > 0)

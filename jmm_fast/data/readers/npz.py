@@ -97,13 +97,10 @@ def read(path: Path, options: NpzOptions | None = None, **fields: Any) -> StoreC
     )
     if options.where is not None:
         _keep(contents, common.keep_matching(options.where, contents.table(where)))
-    if options.label is not None:
-        common.relabel(contents, where, options.label)
-    elif options.where is not None:
-        common.close_up_labels(contents)
+    common.choose_classes(contents, where, options)
     if options.center:
         _join(contents)
-        center_clips(contents, layout.joint_names.index("spine_mid") if layout.name == "ntu25" else layout.root)
+        center_clips(contents, common.origin_joint(layout))
     part = contents.columns["part"]
     if (part == 0).any() and (part == 1).any():
         contents.splits["default"] = {"train": np.flatnonzero(part == 0), "test": np.flatnonzero(part == 1)}

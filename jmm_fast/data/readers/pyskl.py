@@ -135,10 +135,7 @@ def read(path: Path, options: PysklOptions | None = None, **fields: Any) -> Stor
         names=[names[at] for at in kept],
         fps=options.fps,
     )
-    if options.label is not None:
-        common.relabel(contents, where, options.label)
-    elif options.where is not None:
-        common.close_up_labels(contents)
+    common.choose_classes(contents, where, options)
     contents.splits, warnings = _splits(where, parts, contents.names)
     contents.splits |= common.named_splits(options.split, contents.table(where))
     contents.provenance = common.provenance("pyskl", path, options, cleaner)

@@ -135,13 +135,9 @@ def read(path: Path, options: RaggedOptions | None = None, **fields: Any) -> Sto
     kept = keep[kept]
     contents.labels = labels[kept]
     contents.columns = {name: column[kept] for name, column in columns.items()}
-    if options.label is not None:
-        common.relabel(contents, where, options.label)
-    elif options.where is not None:
-        common.close_up_labels(contents)
+    common.choose_classes(contents, where, options)
     if options.center:
-        spine = layout.joint_names.index("spine_mid") if layout.name == "ntu25" else layout.root
-        center_clips(contents, spine)
+        center_clips(contents, common.origin_joint(layout))
     contents.splits = common.named_splits(options.split, contents.table(where))
     contents.provenance = common.provenance("ragged", path, options, cleaner)
     return contents
@@ -221,12 +217,8 @@ def _layout(where: str, arrays: dict[str, np.ndarray], joints: int, wanted: str)
         where, arrays, "parents", f"int [{joints}]", lambda a: a.dtype.kind in "iu" and a.shape == (joints,)
     )
     joint_names = _texts(where, arrays, "joint_names") if "joint_names" in arrays else None
-    for name in skeleton.names():
-        known = skeleton.get(name)
-        if known.parents == tuple(parents.tolist()) and list(known.joint_names) == joint_names:
-            return known, None
     try:
-        return Skeleton.from_parents(parents.tolist(), joint_names), None
+        return skeleton.find(parents.tolist(), joint_names), None
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 

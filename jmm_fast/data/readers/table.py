@@ -34,7 +34,7 @@ import reprlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -107,7 +107,7 @@ class FolderSource:
         self.files: Sequence[SourceFile] = list(files.values())
         if not self.files:
             raise UserError(f"{path}: no .npy or .csv file in it besides {told.text('labels')}")
-        names = {form for file in self.files for form in (file.name, _stem(file.name))}
+        names = {form for file in self.files for form in (file.name, str(file.bare))}
         unused = [name for name in table or () if name not in names]
         self._warnings = (
             [f"{told.text('labels')}: {len(unused)} lines have no file, e.g. {unused[0]!r}"] if unused else []
@@ -148,7 +148,7 @@ class FolderSource:
             raise UserError(
                 f"its label {self._columns[file.name]['label']!r} is not one of the {len(self.class_names)} classes"
             )
-        return [RawClip(name=_stem(file.name), frames=frames, label=label, columns=columns, confidence=confidence)]
+        return [RawClip(name=str(file.bare), frames=frames, label=label, columns=columns, confidence=confidence)]
 
     def finish(self, contents: StoreContents) -> list[str]:
         return self._warnings
@@ -375,10 +375,6 @@ def _layout(told: _Told) -> Skeleton:
         raise UserError(text if text.startswith(told.where) else f"{told.where}: {text}") from None
 
 
-def _stem(name: str) -> str:
-    return str(PurePosixPath(name).with_suffix(""))
-
-
 def _pattern(told: _Told) -> re.Pattern | None:
     text = told.text("names")
     if text is None:
@@ -402,13 +398,13 @@ def _columns(
     for file in files:
         fields: dict[str, str] = {}
         if pattern is not None:
-            stem = "/".join(_stem(file.name).split("/")[-depth:])
+            stem = "/".join(file.bare.parts[-depth:])
             found = pattern.fullmatch(stem)
             if not found:
                 raise UserError(f"{where}: {file.name} does not fit the names {told.text('names')!r} of {told.where}")
             fields |= found.groupdict()
         if table is not None:
-            row = table.get(file.name) or table.get(_stem(file.name))
+            row = table.get(file.name) or table.get(str(file.bare))
             if row is None:
                 raise UserError(f"{where}: {file.name} has no line in {told.text('labels')}")
             fields |= row
