@@ -6,7 +6,7 @@ import os
 import platform
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jmm_fast.errors import UserError
@@ -61,34 +61,51 @@ def atomic_write_text(path: str | os.PathLike, text: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: str | os.PathLike) -> Iterator[None]:
-    """Hold ``folder``, which is made if need be, for this process alone.
+def exclusive(
+    path: str | os.PathLike, busy: Callable[[str], str], written: str | os.PathLike | None = None
+) -> Iterator[None]:
+    """Hold the lock file ``path``, whose folder is made if need be, for this process alone.
 
-    The system drops the lock when the process ends, however it ends; the file ``.lock`` stays and means nothing by
-    itself. A file system that has no locks gives no protection.
+    The system drops the lock when the process ends, however it ends; the file stays and means nothing by itself. A
+    file system that has no locks gives no protection.
+
+    Args:
+        busy: what to say when another process, which it is told, holds the lock.
+        written: what a line about a folder that cannot be written names; default ``path``.
 
     Raises:
-        UserError: another process holds the folder (the line names it), or nothing can be written there.
+        UserError: another process holds the lock, or nothing can be written there.
     """
-    path = Path(folder) / ".lock"
+    path = Path(path)
+    written = path if written is None else written
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {written}: {error.strerror or error}") from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            holder = os.read(handle, 1000).decode(errors="replace") or "another process"
-            raise UserError(f"{folder} is being written by {holder}: two runs cannot share a folder") from error
+            raise UserError(busy(os.read(handle, 1000).decode(errors="replace") or "another process")) from error
         except OSError:
-            pass  # Not every network file system has locks: better to train without than not at all.
+            pass  # Not every network file system has locks: better to work without than not at all.
         try:
             os.ftruncate(handle, 0)
             os.write(handle, f"process {os.getpid()} on {platform.node()}".encode())
         except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+            raise UserError(f"cannot write {written}: {error.strerror or error}") from error
         yield
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike) -> Iterator[None]:
+    """Hold the run in ``folder`` for this process alone, by its file ``.lock``; see :func:`exclusive`."""
+
+    def busy(holder: str) -> str:
+        return f"{folder} is being written by {holder}: two runs cannot share a folder"
+
+    with exclusive(Path(folder) / ".lock", busy):
+        yield

@@ -6,7 +6,6 @@ all runs are there, the store is written from them, one after the other. A run t
 so a killed ``prepare`` continues; runs do not depend on the number of threads, so neither does the result.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -28,7 +27,7 @@ from jmm_fast.data.filetree import SourceFile
 from jmm_fast.data.store import MIN_FRAMES, StoreContents
 from jmm_fast.data.transform import ClipTransform
 from jmm_fast.errors import UserError
-from jmm_fast.files import atomic_path, atomic_write_text
+from jmm_fast.files import atomic_path, atomic_write_text, exclusive
 from jmm_fast.progress import Progress
 from jmm_fast.skeleton import Skeleton
 
@@ -167,15 +166,20 @@ def collect(
         raise UserError(f"{source.where}: no file to read")
     folder = out.absolute().parent / f".{out.name}.work"
     runs = list(_runs(source.files))
-    with _locked(folder, out):
-        key = _key(source, transform)
-        if _stale(folder, key):
-            for path in folder.glob("*.npz"):
-                path.unlink()
-            atomic_write_text(folder / "key", key)
-        chunks = _read_runs(source, runs, folder, transform, on_error, workers, say)
-        yield _assemble(source, chunks, transform, select, on_error)
-        shutil.rmtree(folder, ignore_errors=True)
+    with exclusive(folder / "lock", lambda _: f"{out}: another prepare is writing it", written=out):
+        try:
+            key = _key(source, transform)
+            if _stale(folder, key):
+                for path in folder.glob("*.npz"):
+                    path.unlink()
+                atomic_write_text(folder / "key", key)
+            chunks = _read_runs(source, runs, folder, transform, on_error, workers, say)
+            yield _assemble(source, chunks, transform, select, on_error)
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            # While the lock is held: the folder of another prepare must not go.
+            if not any(folder.glob("*.npz")):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def first_clip(source: ClipSource) -> RawClip:
@@ -219,28 +223,6 @@ def _stale(folder: Path, key: str) -> bool:
         return (folder / "key").read_text(encoding="utf-8") != key
     except OSError:
         return True
-
-
-@contextmanager
-def _locked(folder: Path, out: Path) -> Iterator[None]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{out}: another prepare is writing it") from None
-        try:
-            yield
-        finally:
-            # While the lock is held: the folder of another prepare must not go.
-            if not any(folder.glob("*.npz")):
-                shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(lock)
 
 
 def _read_runs(
