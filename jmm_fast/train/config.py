@@ -290,6 +290,12 @@ def suggestion(name: str, known: typing.Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(known)}"
 
 
+def check_unchanged(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """UserError naming the first setting in which a resumed run in ``folder`` would differ from what was started."""
+    for name, old, new in differences(before, now):
+        raise UserError(f"{folder} was started with {name} = {old}, not {new}: a resumed run keeps its settings")
+
+
 def check_config(config: RunConfig) -> None:
     """Refuse values that no run can have.
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jmm_fast.data import BodyBatches, ClipStore, Split
+from jmm_fast.data import BodyBatches, ClipBatch, ClipStore, Split
 from jmm_fast.errors import SharedError, UserError
 from jmm_fast.files import atomic_path, atomic_write_text
 from jmm_fast.models import JMMTGT, Encoder, load_encoder, pool
 from jmm_fast.ops.backend import OPS, choose
 from jmm_fast.progress import Progress
 from jmm_fast.train import checkpoint, distributed, environment
-from jmm_fast.train.config import RunConfig, check_config, differences, load_config, to_dict
+from jmm_fast.train.config import RunConfig, check_config, differences, load_config, save_config, to_dict
 from jmm_fast.train.loop import autocast
 from jmm_fast.train.metrics import read_lines
 
@@ -133,6 +134,16 @@ def check_joints(config: RunConfig, store: ClipStore) -> None:
         )
 
 
+def record_start(folder: Path, config: RunConfig, store: ClipStore, device: torch.device) -> None:
+    """Write the settings and what they run on into ``folder``; the first process does."""
+
+    def write() -> None:
+        save_config(folder / "config.yaml", config)
+        environment.record(folder / "environment.json", environment.describe(store, device))
+
+    distributed.from_first(write)
+
+
 def batches(
     store: ClipStore,
     ids: Tensor,
@@ -170,34 +181,46 @@ def batches(
     )
 
 
+def of_every_clip(
+    clips: BodyBatches, rows_of: Callable[[ClipBatch], Tensor], *, title: str, epoch: int = 0
+) -> tuple[Tensor, Tensor]:
+    """What ``rows_of`` gives for each clip of a batch, and the labels, of all batches in their order; on the CPU.
+
+    Several processes take turns with whole batches and tell each other the results, so that these are, bit for bit,
+    what one process computes on the same kind of machine with as many threads.
+    """
+
+    def mine() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in clips.epoch(epoch, start=distributed.rank(), every=distributed.size()):
+            yield rows_of(batch).cpu(), batch.labels.cpu()
+
+    rows, labels = [], []
+    with Progress(title, len(clips), shown=distributed.is_first()) as progress:
+        for found, truth in distributed.in_order(mine(), len(clips)):
+            rows.append(found)
+            labels.append(truth)
+            progress.advance(len(truth))
+    return torch.cat(rows), torch.cat(labels)
+
+
 @torch.no_grad()
 def pooled_features(
     encoder: Encoder, clips: BodyBatches, *, device: torch.device, dtype: str, title: str, epoch: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Features and labels of every clip, in the order of the batches.
-
-    Several processes take turns with whole batches and tell each other the results, so that these are, bit for bit,
-    what one process computes on the same kind of machine with as many threads.
+    """Features and labels of every clip, in the order of the batches; see :func:`of_every_clip`.
 
     Returns:
         float32 ``[N,d]``, the mean over the tokens that were seen and over bodies, and int64 ``[N]``; both on the CPU.
     """
     encoder.to(device).eval()
 
-    def pooled():
-        for batch in clips.epoch(epoch, start=distributed.rank(), every=distributed.size()):
-            with autocast(device, dtype):
-                tokens = encoder(batch.clips)
-            valid = batch.valid(encoder.config.t_patch)
-            yield pool(tokens.float(), batch.clip_of_body, len(batch.index), valid).cpu(), batch.labels.cpu()
+    def pooled(batch: ClipBatch) -> Tensor:
+        with autocast(device, dtype):
+            tokens = encoder(batch.clips)
+        valid = batch.valid(encoder.config.t_patch)
+        return pool(tokens.float(), batch.clip_of_body, len(batch.index), valid)
 
-    features, labels = [], []
-    with Progress(title, len(clips), shown=distributed.is_first()) as progress:
-        for rows, truth in distributed.in_order(pooled(), len(clips)):
-            features.append(rows)
-            labels.append(truth)
-            progress.advance(len(truth))
-    return torch.cat(features), torch.cat(labels)
+    return of_every_clip(clips, pooled, title=title, epoch=epoch)
 
 
 @dataclass(kw_only=True, slots=True)

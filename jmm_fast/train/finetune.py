@@ -12,10 +12,21 @@ from torch.nn import functional
 
 from jmm_fast.errors import SharedError, UserError
 from jmm_fast.models import FinetuneClassifier, parameter_layers
-from jmm_fast.progress import Progress
 from jmm_fast.train import distributed, environment
-from jmm_fast.train.config import FREE_ON_RESUME, differences, load_config, save_config, to_dict
-from jmm_fast.train.evaluate import Score, Source, batches, check_joints, open_data, rank, record, score, summary
+from jmm_fast.train.config import FREE_ON_RESUME, check_unchanged, load_config, to_dict
+from jmm_fast.train.evaluate import (
+    Score,
+    Source,
+    batches,
+    check_joints,
+    of_every_clip,
+    open_data,
+    rank,
+    record,
+    record_start,
+    score,
+    summary,
+)
 from jmm_fast.train.loop import LoopConfig, autocast, fit, step_seed
 from jmm_fast.train.metrics import read_lines
 from jmm_fast.train.optim import adamw
@@ -107,11 +118,7 @@ def finetune(
             result = _evaluate(model, test, store.num_classes, device, config.dtype)
             return {"top1": result.top1, "top5": result.top5}
 
-        def write_settings() -> None:
-            save_config(folder / "config.yaml", config)
-            environment.record(folder / "environment.json", environment.describe(store, device))
-
-        distributed.from_first(write_settings)
+        record_start(folder, config, store, device)
         say(
             f"finetuning the {encoder} encoder on {len(train)} of {len(split.train)} training clips of {data}, "
             f"{len(clips)} steps an epoch, {settings.epochs} epochs"
@@ -121,18 +128,7 @@ def finetune(
             optimizer,
             clips,
             loss_of,
-            config=LoopConfig(
-                epochs=settings.epochs,
-                warmup_epochs=settings.warmup_epochs,
-                optim=optim,
-                seed=settings.seed,
-                dtype=config.dtype,
-                log_every=config.log_every,
-                checkpoint_every=config.checkpoint_every,
-                keep=config.keep,
-                nonfinite=config.nonfinite,
-                nonfinite_limit=config.nonfinite_limit,
-            ),
+            config=LoopConfig.of(config, settings, optim),
             folder=folder,
             device=device,
             title=f"finetune {encoder}",
@@ -171,19 +167,12 @@ def finetune(
 def _evaluate(model: FinetuneClassifier, test, num_classes: int, device: torch.device, dtype: str) -> Score:
     model.eval()
 
-    def ranked():
-        for batch in test.epoch(0, start=distributed.rank(), every=distributed.size()):
-            with autocast(device, dtype):
-                logits = model(batch.clips, batch.clip_of_body, len(batch.index))
-            yield rank(logits.float()).cpu(), batch.labels.cpu()
+    def ranked(batch) -> torch.Tensor:
+        with autocast(device, dtype):
+            logits = model(batch.clips, batch.clip_of_body, len(batch.index))
+        return rank(logits.float())
 
-    ranking, labels = [], []
-    with Progress("test clips", len(test), shown=distributed.is_first()) as progress:
-        for best, truth in distributed.in_order(ranked(), len(test)):
-            ranking.append(best)
-            labels.append(truth)
-            progress.advance(len(truth))
-    return score(torch.cat(ranking), torch.cat(labels), num_classes)
+    return score(*of_every_clip(test, ranked, title="test clips"), num_classes)
 
 
 def _prepare_folder(folder: Path, config, *, resume: bool, overwrite: bool) -> None:
@@ -204,7 +193,4 @@ def _prepare_folder(folder: Path, config, *, resume: bool, overwrite: bool) -> N
         for name in set(FREE_ON_RESUME) - {"finetune"}:
             values.pop(name)
         values["finetune"].pop("eval_every")
-    changed = differences(before, now)
-    if changed:
-        name, old, new = changed[0]
-        raise UserError(f"{folder} was started with {name} = {old}, not {new}: a resumed run keeps its settings")
+    check_unchanged(folder, before, now)

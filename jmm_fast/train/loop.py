@@ -23,7 +23,7 @@ from torch.profiler import record_function
 from jmm_fast.errors import SharedError
 from jmm_fast.progress import Progress
 from jmm_fast.train import checkpoint, distributed
-from jmm_fast.train.config import OptimConfig
+from jmm_fast.train.config import FinetuneConfig, OptimConfig, RunConfig
 from jmm_fast.train.ledger import Ledger, Step
 from jmm_fast.train.metrics import Metrics
 from jmm_fast.train.optim import set_learning_rate
@@ -55,6 +55,22 @@ class LoopConfig:
     keep: int
     nonfinite: Literal["stop", "skip"] = "stop"
     nonfinite_limit: int = 10
+
+    @classmethod
+    def of(cls, run: RunConfig, stage: RunConfig | FinetuneConfig, optim: OptimConfig) -> "LoopConfig":
+        """Length and seed of a ``stage`` of ``run``, which is pretraining or finetuning; the rest is the run's."""
+        return cls(
+            epochs=stage.epochs,
+            warmup_epochs=stage.warmup_epochs,
+            optim=optim,
+            seed=stage.seed,
+            dtype=run.dtype,
+            log_every=run.log_every,
+            checkpoint_every=run.checkpoint_every,
+            keep=run.keep,
+            nonfinite=run.nonfinite,
+            nonfinite_limit=run.nonfinite_limit,
+        )
 
 
 def step_seed(seed: int, step: int) -> int:

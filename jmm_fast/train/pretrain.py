@@ -15,8 +15,8 @@ from jmm_fast.data import ClipStore, Split
 from jmm_fast.errors import SharedError, UserError
 from jmm_fast.models import JMMTGT, ModelConfig
 from jmm_fast.train import distributed, environment
-from jmm_fast.train.config import FREE_ON_RESUME, RunConfig, differences, load_config, save_config, to_dict
-from jmm_fast.train.evaluate import batches, check_joints, open_data
+from jmm_fast.train.config import FREE_ON_RESUME, RunConfig, check_unchanged, load_config, to_dict
+from jmm_fast.train.evaluate import batches, check_joints, open_data, record_start
 from jmm_fast.train.knn import knn_score
 from jmm_fast.train.loop import LoopConfig, fit
 from jmm_fast.train.optim import adamw
@@ -155,11 +155,7 @@ def _train(
         linear = linear_score(encoder, store, split, cached, device)
         return {"linear_top1": linear.top1, "knn_top1": knn_score(encoder, store, split, cached, device).top1}
 
-    def write_settings() -> None:
-        save_config(out / "config.yaml", config)
-        environment.record(out / "environment.json", environment.describe(store, device))
-
-    distributed.from_first(write_settings)
+    record_start(out, config, store, device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     say(
         f"pretraining {config.recipe} ({config.mask.variant}, topology {config.model.topology}, {parameters:,} "
@@ -170,18 +166,7 @@ def _train(
         optimizer,
         clips,
         loss_of,
-        config=LoopConfig(
-            epochs=config.epochs,
-            warmup_epochs=config.warmup_epochs,
-            optim=config.optim,
-            seed=config.seed,
-            dtype=config.dtype,
-            log_every=config.log_every,
-            checkpoint_every=config.checkpoint_every,
-            keep=config.keep,
-            nonfinite=config.nonfinite,
-            nonfinite_limit=config.nonfinite_limit,
-        ),
+        config=LoopConfig.of(config, config, config.optim),
         folder=out,
         device=device,
         title="pretrain",
@@ -211,10 +196,7 @@ def _check_folder(out: Path, config: RunConfig, *, resume: bool, overwrite: bool
     before, now = to_dict(load_config(out / "config.yaml")), to_dict(config)
     for name in FREE_ON_RESUME:
         before.pop(name), now.pop(name)
-    changed = differences(before, now)
-    if changed:
-        name, old, new = changed[0]
-        raise UserError(f"{out} was started with {name} = {old}, not {new}: a resumed run keeps its settings")
+    check_unchanged(out, before, now)
 
 
 def _remove(out: Path) -> None:
