@@ -92,14 +92,16 @@ def window() -> Callable[[], object]:
 
 def entries() -> list[Entry]:
     """What is tuned: the entries that training, finetuning and evaluation in bfloat16 use."""
-    half, any_size = torch.bfloat16, 1 << 30
+    from jmm_fast.kernels.config import ANY
+
+    half = torch.bfloat16
     blocks = list(itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (2, 4, 8), (1, 2, 3, 4)))
     found = []
     for table, backward in (("FORWARD", False), ("QUERIES", True), ("KEYS", True)):
         for key, dim, length in (
             ((2, 64, 128), 32, 74),
-            ((2, 64, any_size), 32, 750),
-            ((2, 128, any_size), 128, 750),
+            ((2, 64, ANY), 32, 750),
+            ((2, 128, ANY), 128, 750),
         ):
             found.append(
                 Entry(
@@ -116,18 +118,18 @@ def entries() -> list[Entry]:
         Entry(
             kernel="motion_loss",
             table="ERRORS",
-            key=(4, any_size),
+            key=(4, ANY),
             launch=loss(half),
             candidates=itertools.product(sizes, warps),
         ),
         Entry(
             kernel="token_grid",
             table="SCATTER",
-            key=(4, any_size),
+            key=(4, ANY),
             launch=grid(backward=False),
             candidates=tiles,
         ),
-        Entry(kernel="token_grid", table="SUM", key=(4, any_size), launch=grid(backward=True), candidates=tiles),
+        Entry(kernel="token_grid", table="SUM", key=(4, ANY), launch=grid(backward=True), candidates=tiles),
         Entry(
             kernel="clip_window",
             table="CUT",

@@ -102,7 +102,7 @@ def forward(
     stride: int,
     normalize: bool,
     differentiate: bool,
-    valid: Tensor | None,
+    valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, errors in the shape and dtype of the prediction (of no body, unless ``differentiate``), and the factor that
     makes them the gradient of the loss."""

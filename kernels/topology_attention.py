@@ -44,8 +44,7 @@ _KEYS = {
     (4, 64, ANY): (16, 32, 8, 1),
     (4, 128, ANY): (16, 16, 8, 1),
 }
-_ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-FORWARD, QUERIES, KEYS = (dict.fromkeys(_ARCHITECTURES, table) for table in (_FORWARD, _QUERIES, _KEYS))
+FORWARD, QUERIES, KEYS = (dict.fromkeys(config.ARCHITECTURES.values(), table) for table in (_FORWARD, _QUERIES, _KEYS))
 KEYS["sm_80"] = _KEYS | {(2, 64, ANY): (64, 32, 4, 2)}
 """Sizes that compile without spills on each architecture; not yet measured on a GPU."""
 

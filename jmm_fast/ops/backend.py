@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -75,6 +76,15 @@ def _triton_reason() -> str | None:
         return None if interpreted() else "there is no CUDA GPU on this machine"
     major, minor = torch.cuda.get_device_capability()
     return None if major >= 8 else f"it needs compute capability 8.0, this GPU has {major}.{minor}"
+
+
+def on_triton(op: str, name: str) -> Callable:
+    """The launcher ``name`` in the module of the op's Triton kernels, which is imported when it is first called."""
+
+    def launch(*inputs):
+        return getattr(importlib.import_module(f"jmm_fast.kernels.{op}"), name)(*inputs)
+
+    return launch
 
 
 def unavailable(op: str, backend: str) -> str | None:

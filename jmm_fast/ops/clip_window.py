@@ -5,7 +5,7 @@ from torch import Tensor
 
 from jmm_fast import reference
 from jmm_fast.ops import checks
-from jmm_fast.ops.backend import choose, library
+from jmm_fast.ops.backend import choose, library, on_triton
 
 library.define(
     "clip_window(Tensor frames, Tensor start, Tensor length, Tensor? angles, int window, str backend) -> Tensor"
@@ -81,9 +81,7 @@ def _run(frames: Tensor, start: Tensor, length: Tensor, angles: Tensor | None, w
     if frames.device.type == "cpu":
         _check_inside(frames, start, length)
     if backend == "triton":
-        from jmm_fast.kernels import clip_window as kernel
-
-        return kernel.forward(frames, start, length, angles, window)
+        return on_triton("clip_window", "forward")(frames, start, length, angles, window)
     return reference.clip_window(frames, start, length, angles, window=window)
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from jmm_fast import reference
 from jmm_fast.ops import checks
-from jmm_fast.ops.backend import choose, library
+from jmm_fast.ops.backend import choose, library, on_triton
 
 library.define(
     "motion_loss(Tensor prediction, Tensor clips, Tensor mask, *, int t_patch, int stride, bool normalize, "
@@ -150,18 +150,8 @@ class _TritonLoss(torch.autograd.Function):
 _FUNCTIONS = {"cpu": _NativeLoss, "triton": _TritonLoss}
 
 
-@torch.library.impl(library, "motion_loss_triton_forward", "CompositeExplicitAutograd")
-def _triton_forward(prediction, clips, mask, t_patch, stride, normalize, differentiate, valid=None):
-    from jmm_fast.kernels import motion_loss as kernel
-
-    return kernel.forward(prediction, clips, mask, t_patch, stride, normalize, differentiate, valid)
-
-
-@torch.library.impl(library, "motion_loss_triton_backward", "CompositeExplicitAutograd")
-def _triton_backward(grad_loss, errors, factor):
-    from jmm_fast.kernels import motion_loss as kernel
-
-    return kernel.backward(grad_loss, errors, factor)
+for _name in ("forward", "backward"):
+    library.impl(f"motion_loss_triton_{_name}", on_triton("motion_loss", _name), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("jmm_fast::motion_loss_forward", lib=library)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from jmm_fast import reference
 from jmm_fast.ops import checks
-from jmm_fast.ops.backend import choose, library
+from jmm_fast.ops.backend import choose, library, on_triton
 
 library.define("token_grid_gather(Tensor clips, Tensor visible, int t_patch) -> Tensor")
 library.define(
@@ -198,17 +198,8 @@ class _NativeScatter(torch.autograd.Function):
         return tokens, None, *rest, None
 
 
-def _on_triton(name: str):
-    def run(*inputs):
-        from jmm_fast.kernels import token_grid as kernel
-
-        return getattr(kernel, name)(*inputs)
-
-    return run
-
-
 for _name in _SCHEMAS:
-    library.impl(f"token_grid_triton_{_name}", _on_triton(_name), "CompositeExplicitAutograd")
+    library.impl(f"token_grid_triton_{_name}", on_triton("token_grid", _name), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("jmm_fast::token_grid_triton_gather_forward", lib=library)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from jmm_fast import reference
 from jmm_fast.ops import checks
-from jmm_fast.ops.backend import choose, library
+from jmm_fast.ops.backend import choose, library, on_triton
 
 MODES = ("add", "scale")
 _MAX_HEAD_DIM = 128
@@ -107,8 +107,8 @@ def topology_attention(
 
 def _refusal(q: Tensor, table: Tensor | None) -> str | None:
     """Why the C++ kernel cannot take these inputs; None when it can."""
-    if q.dtype not in (torch.float32, torch.bfloat16):
-        return f"it takes float32 or bfloat16, got {checks.describe(q)}"
+    if q.dtype not in checks.NATIVE_DTYPES:
+        return f"it takes {checks.either(checks.NATIVE_DTYPES)}, got {checks.describe(q)}"
     if table is not None and table.dtype != torch.float32:
         return f"it takes a float32 table, got {checks.describe(table)}"
     if q.shape[3] > _MAX_HEAD_DIM:
@@ -118,8 +118,8 @@ def _refusal(q: Tensor, table: Tensor | None) -> str | None:
 
 def _gpu_refusal(q: Tensor, table: Tensor | None) -> str | None:
     """Why the Triton kernel cannot take these inputs; None when it can."""
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"it takes float32, bfloat16 or float16, got {checks.describe(q)}"
+    if q.dtype not in checks.TRITON_DTYPES:
+        return f"it takes {checks.either(checks.TRITON_DTYPES)}, got {checks.describe(q)}"
     if table is not None and (table.dtype != torch.float32 or table.shape[1] > _MAX_JOINTS):
         return f"it takes a float32 table of at most {_MAX_JOINTS} joints, got {checks.describe(table)}"
     if q.shape[3] > _MAX_HEAD_DIM:
@@ -155,18 +155,9 @@ class _NativeAttention(torch.autograd.Function):
         return dq, dk, dv, dtable if table is not None else None, None, None, None, None
 
 
-@torch.library.impl(library, "topology_attention_triton_forward", "CompositeExplicitAutograd")
-def _triton_forward(*inputs):
-    from jmm_fast.kernels import topology_attention as kernel
-
-    return kernel.forward(*inputs)
-
-
-@torch.library.impl(library, "topology_attention_triton_backward", "CompositeExplicitAutograd")
-def _triton_backward(*inputs):
-    from jmm_fast.kernels import topology_attention as kernel
-
-    return kernel.backward(*inputs)
+for _name in _SCHEMAS:
+    _launch = on_triton("topology_attention", _name)
+    library.impl(f"topology_attention_triton_{_name}", _launch, "CompositeExplicitAutograd")
 
 
 def _token_major(x: Tensor) -> Tensor:

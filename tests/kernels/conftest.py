@@ -8,8 +8,6 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-collect_ignore_glob = []
-
 
 @pytest.fixture(autouse=True)
 def _needs_triton():
