@@ -168,23 +168,22 @@ def _inspect(args: list[str]) -> None:
         kw_only=True,
     )
     given = _parse(kind, args, "inspect", "What a clip store holds, and clips worth a look.")
+    from jmm_fast.data import ClipStore
     from jmm_fast.data.inspect import inspect, log_lines
 
-    print(inspect(given.file))
+    store = ClipStore.open(given.file, check_values=False)
+    print(inspect(store))
     if given.picture is not None or given.page is not None:
         from jmm_fast.viz import contact_sheet, save, write_dataset_page
     if given.picture is not None:
-        from jmm_fast.data import ClipStore
-
-        save(contact_sheet(ClipStore.open(given.file, check_values=False)), given.picture)
+        save(contact_sheet(store), given.picture)
         print(f"\npicture: {given.picture}")
     if given.page is not None:
-        print(f"\npage: {write_dataset_page(given.file, given.page)}")
+        print(f"\npage: {write_dataset_page(store, given.page)}")
     if given.log is not None:
-        from jmm_fast.data import ClipStore
         from jmm_fast.files import atomic_write_text
 
-        lines = log_lines(ClipStore.open(given.file, check_values=False))
+        lines = log_lines(store)
         atomic_write_text(given.log, "".join(f"{line}\n" for line in lines))
         print(f"\nlog: {given.log}, {len(lines)} lines")
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections import Counter
 from dataclasses import dataclass
 
@@ -95,26 +94,38 @@ def length_histogram(store: ClipStore, bins: int = 12) -> list[tuple[int, int, i
     return [(low + bin * width, min(high, low + (bin + 1) * width - 1), count) for bin, count in enumerate(counts)]
 
 
-def inspect(path: str | os.PathLike) -> str:
+def origin(store: ClipStore) -> dict:
+    """Where a store comes from: its provenance without what was left out, and of the options those that were set."""
+    told = {name: value for name, value in store.provenance.items() if name not in ("dropped", "log", "warnings")}
+    if "options" in told:
+        told["options"] = {name: held for name, held in told["options"].items() if held not in (None, [], (), False)}
+    return told
+
+
+def missing_shares(store: ClipStore) -> dict[str, float]:
+    """Part of the poses in which each joint was not seen; empty where the store does not tell."""
+    if store.confidence is None:
+        return {}
+    missing = (store.confidence == 0).double().mean(0).tolist()
+    return dict(zip(store.skeleton.joint_names, missing, strict=True))
+
+
+def inspect(store: ClipStore) -> str:
     """Describe a clip store: counts, lengths, classes, columns, splits, clips worth a look, origin.
 
     Args:
-        path: the store.
+        store: the store, whatever numbers it holds.
 
     Returns:
         The text, several lines.
-
-    Raises:
-        UserError: not a readable store.
     """
-    store = ClipStore.open(path, check_values=False)
     lengths, layout = store.lengths.double(), store.skeleton
     bodies = Counter(store.clip_bodies[:, 1].tolist())
     crowd = ", ".join(f"{clips} with {count} {_plural(count, 'body')}" for count, clips in sorted(bodies.items()))
     quartiles = torch.quantile(lengths, torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)).tolist()
     low, high = _span(store.frames)
     lines = [
-        f"{path}",
+        store.path,
         f"  data hash    {store.fingerprint[:16]}",
         f"  layout       {layout.name}, {layout.num_joints} joints, root {layout.joint_names[layout.root]}",
         f"  clips        {store.num_clips} ({crowd})",
@@ -138,12 +149,9 @@ def inspect(path: str | os.PathLike) -> str:
     for name, parts in store.splits.items():
         lines.append(f"  {name:<14} {len(parts['train'])} train, {len(parts['test'])} test")
     lines += ["", *_problems(store), "", "origin"]
-    for name, value in store.provenance.items():
-        if name not in ("dropped", "log", "warnings"):
-            if name == "options":
-                value = {option: held for option, held in value.items() if held not in (None, [], (), False)}
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            lines.append(f"  {name:<17} {shorten(text, 160)}")
+    for name, value in origin(store).items():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        lines.append(f"  {name:<17} {shorten(text, 160)}")
     return "\n".join(lines)
 
 
@@ -202,14 +210,10 @@ def _problems(store: ClipStore) -> list[str]:
 
 
 def _confidence(store: ClipStore) -> list[str]:
-    if store.confidence is None:
+    shares = missing_shares(store)
+    if not shares:
         return []
-    missing = (store.confidence == 0).double().mean(0)
-    text = ", ".join(
-        f"{name} {100 * share:.0f} %"
-        for name, share in zip(store.skeleton.joint_names, missing.tolist(), strict=True)
-        if share > 0.005
-    )
+    text = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items() if share > 0.005)
     return [f"  missing      {shorten(text, 200) or 'no joint'}"]
 
 

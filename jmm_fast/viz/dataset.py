@@ -1,6 +1,5 @@
 """A clip store as a page to look at and as a sheet of stick figures."""
 
-import os
 from collections import Counter
 from html import escape
 from pathlib import Path
@@ -9,29 +8,28 @@ import numpy as np
 import torch
 
 from jmm_fast.data import ClipStore
-from jmm_fast.data.inspect import length_histogram, log_lines, suspects
+from jmm_fast.data.inspect import length_histogram, log_lines, missing_shares, origin, suspects
 from jmm_fast.files import atomic_write_text
 from jmm_fast.viz import player, style
 from jmm_fast.viz.clips import played_clip, typical_clips
-from jmm_fast.viz.page import facts, page, section
+from jmm_fast.viz.page import facts, figure, page, section
 
 PLAYED_CLIPS = 12
 LISTED = 50
 """Lines of a list before the page says how many more there are."""
 
 
-def write_dataset_page(path: str | os.PathLike, out: str | Path) -> Path:
+def write_dataset_page(store: ClipStore, out: str | Path) -> Path:
     """Write one self-contained HTML page about a clip store: what it holds, histograms, bad clips, clips to play.
 
     Args:
-        path: the store.
+        store: the store, whatever numbers it holds.
         out: file to write.
 
     Raises:
-        UserError: not a readable store, nothing can be written, or matplotlib is missing.
+        UserError: nothing can be written, or matplotlib is missing.
     """
     style.require_matplotlib()
-    store = ClipStore.open(path, check_values=False)
     minutes = float(store.lengths.sum()) / store.fps / 60
     lead = (
         f"{store.num_clips:,} clips of {store.num_classes} classes, {minutes:,.0f} minutes at {store.fps:g} frames a "
@@ -41,16 +39,16 @@ def write_dataset_page(path: str | os.PathLike, out: str | Path) -> Path:
     sections = [
         section("Clips to turn around", player.player(clips)),
         section("What it holds", _facts(store) + _splits(store)),
-        section("Lengths and people", _markup(lengths(store)) + _people(store)),
-        section("Classes", _markup(class_counts(store))),
-        *([] if store.confidence is None else [section("Missing joints", _markup(missing_joints(store)))]),
+        section("Lengths and people", figure(lengths(store)) + _people(store)),
+        section("Classes", figure(class_counts(store))),
+        *([] if store.confidence is None else [section("Missing joints", figure(missing_joints(store)))]),
         section("Clips worth a look", _lines([f"{item.name}: {item.reason}" for item in suspects(store)])),
         section(
             "Left out when it was made",
             _lines([*(f"warning: {text}" for text in store.provenance.get("warnings", ())), *log_lines(store)]),
         ),
     ]
-    atomic_write_text(out, page("jmm_fast data set", Path(path).stem, lead, sections))
+    atomic_write_text(out, page("jmm_fast data set", Path(store.path).stem, lead, sections))
     return Path(out)
 
 
@@ -70,7 +68,7 @@ def lengths(store: ClipStore):
 
 @style.styled
 def class_counts(store: ClipStore):
-    """Figure: how many clips each class has; training and test clips apart where one split is stored."""
+    """Figure: how many clips each class has."""
     counts = torch.bincount(store.labels, minlength=store.num_classes).numpy()
     return _bars(store.class_names, counts, "clips")
 
@@ -78,8 +76,9 @@ def class_counts(store: ClipStore):
 @style.styled
 def missing_joints(store: ClipStore):
     """Figure: in which part of the poses each joint was not seen."""
-    share = 100 * (store.confidence == 0).double().mean(0).numpy()
-    return _bars([name.replace("_", " ") for name in store.skeleton.joint_names], share, "% of the poses without it")
+    shares = missing_shares(store)
+    names = [name.replace("_", " ") for name in shares]
+    return _bars(names, 100 * np.array(list(shares.values())), "% of the poses without it")
 
 
 def _bars(names, values, unit: str):
@@ -101,14 +100,9 @@ def _bars(names, values, unit: str):
     return figure
 
 
-def _markup(figure) -> str:
-    width = figure.get_size_inches()[0] * 96
-    return f'<figure class="wide" style="max-width:{width:.0f}px">{style.inline_svg(figure)}</figure>'
-
-
 def _facts(store: ClipStore) -> str:
-    shown = {name: value for name, value in store.provenance.items() if name not in ("log", "dropped", "warnings")}
-    options = {name: value for name, value in shown.pop("options", {}).items() if value not in (None, [], (), False)}
+    shown = origin(store)
+    options = shown.pop("options", {})
     rows = [("File", Path(store.path).name), ("Data hash", store.fingerprint)]
     rows += [(name.replace("_", " ").capitalize(), str(value)) for name, value in shown.items()]
     rows += [("Options", ", ".join(f"{name} {value}" for name, value in options.items()))] if options else []

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
-from jmm_fast.viz import player
+from jmm_fast.viz import player, style
 
 
 def section(title: str, body: str) -> str:
@@ -15,6 +15,12 @@ def facts(rows: Sequence[tuple[str, str]]) -> str:
     """Names and values side by side; both are text."""
     items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in rows)
     return f'<dl class="facts">{items}</dl>'
+
+
+def figure(drawn) -> str:
+    """A matplotlib figure inlined at its own width, narrower where the page is."""
+    width = drawn.get_size_inches()[0] * 96
+    return f'<figure class="wide" style="max-width:{width:.0f}px">{style.inline_svg(drawn)}</figure>'
 
 
 def page(kind: str, title: str, lead: str, sections: Sequence[str]) -> str:

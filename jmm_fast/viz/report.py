@@ -12,9 +12,9 @@ import numpy as np
 from jmm_fast.data.store import ClipStore
 from jmm_fast.errors import UserError
 from jmm_fast.files import atomic_write_text
-from jmm_fast.viz import figures, player, style
+from jmm_fast.viz import figures, page, player, style
 from jmm_fast.viz.clips import MaskedClip, masked_clip_of_run, typical_clips
-from jmm_fast.viz.page import facts, page, section
+from jmm_fast.viz.page import facts, section
 from jmm_fast.viz.records import (
     Predictions,
     read_config,
@@ -62,7 +62,7 @@ def write_report(run: str | Path, out: str | Path | None = None, store: str | Pa
         *_clips(run, config, clips_store),
     ]
     title = f"{config.get('recipe', 'run')} · {run.resolve().name}"
-    atomic_write_text(out, page("jmm_fast run report", title, _lead(config, evaluations, clips_store), sections))
+    atomic_write_text(out, page.page("jmm_fast run report", title, _lead(config, evaluations, clips_store), sections))
     return out
 
 
@@ -428,12 +428,11 @@ def _clip_figure(clip: MaskedClip, run: Path) -> str:
     return _figure(drawn, run, f"clip-{clip.index}")
 
 
-def _figure(figure, run: Path, name: str) -> str:
+def _figure(drawn, run: Path, name: str) -> str:
     """Save as PNG under ``RUN/figures`` and give the markup of the inlined drawing."""
     safe = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in name)
-    style.save(figure, run / "figures" / f"{safe}.png")
-    width = figure.get_size_inches()[0] * 96
-    return f'<figure class="wide" style="max-width:{width:.0f}px">{style.inline_svg(figure)}</figure>'
+    style.save(drawn, run / "figures" / f"{safe}.png")
+    return page.figure(drawn)
 
 
 def _training_seconds(run: Path) -> float | None:
