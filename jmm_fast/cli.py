@@ -261,15 +261,22 @@ def _knn(args: list[str]) -> None:
 def _finetune(args: list[str]) -> None:
     from tyro.conf import FlagCreatePairsOff, arg
 
+    shard = "whether several processes hold weights and optimiser state in parts (default: as the run did)"
     flags = [
         ("resume", Annotated[FlagCreatePairsOff[bool], arg(help="continue the finetuning that is there")], False),
         ("overwrite", Annotated[FlagCreatePairsOff[bool], arg(help="remove the finetuning that is there")], False),
+        ("shard", Annotated[Literal["none", "full"] | None, arg(help=shard)], None),
     ]
     encoders = Literal["pretrained", "scratch"]
     source, given = _evaluation("finetune", args, encoders, "Train the whole network with labels.", flags)
     if source is not None:
+        import dataclasses
+
         from jmm_fast.train.distributed import session
         from jmm_fast.train.finetune import finetune
+
+        if given.shard is not None:
+            source.config = dataclasses.replace(source.config, shard=given.shard)
 
         with session():
             finetune(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from jmm_fast.errors import UserError
 from jmm_fast.files import atomic_path
 from jmm_fast.models import load_into
+from jmm_fast.train import sharding
 
 _NAME = re.compile(r"step-(\d{9})\.safetensors")
 
@@ -33,18 +34,24 @@ class Checkpoint:
 
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Copies, in host memory, of all that a checkpoint of ``model`` and ``optimizer`` holds."""
-    tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
-    for name, state in _optimizer_state(optimizer).items():
-        tensors |= {f"optimizer/{name}/{key}": value for key, value in state.items()}
-    copies = {}
+    """Copies, in host memory, of all that a checkpoint of ``model`` and ``optimizer`` holds.
+
+    Of shards the other processes have to :func:`contribute`.
+    """
+    tensors, copies = _state(model, optimizer), {}
     for name, value in tensors.items():
         # From a GPU all copies are under way together, and the host waits once.
         copies[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-        copies[name].copy_(value.detach(), non_blocking=True)
+        copies[name].copy_(sharding.whole(value), non_blocking=True)
     for device in {value.device for value in tensors.values() if value.is_cuda}:
         torch.cuda.synchronize(device)
     return copies
+
+
+def contribute(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Give this process's shards to the :func:`snapshot` of the first one; does nothing without shards."""
+    for value in _state(model, optimizer).values():
+        sharding.whole(value)
 
 
 def write(folder: Path, step: int, tensors: dict[str, Tensor], record: dict, keep: int) -> Path:
@@ -162,6 +169,10 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
         UserError: the checkpoint belongs to a network of another shape; names the first tensor that differs.
     """
     weights = {k.removeprefix("model/"): v for k, v in checkpoint.tensors.items() if k.startswith("model/")}
+    own = model.state_dict()
+    # Another shape stays as it is, for load_into to refuse.
+    fits = {name for name, value in weights.items() if name in own and own[name].shape == value.shape}
+    weights |= {name: sharding.like(own[name], weights[name]) for name in fits}
     load_into(model, weights, checkpoint.path)
     if optimizer is None:
         return
@@ -178,19 +189,20 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
                         f"this network needs {list(parameter.shape)}"
                     )
             if entries:
-                state[index] = entries
+                state[index] = {k: sharding.like(parameter, v) if v.ndim else v for k, v in entries.items()}
             index += 1
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """Tensors of the optimiser's state by parameter name."""
-    found = {}
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All that a checkpoint holds, by name, in the same order in every process."""
+    found = {f"model/{name}": value for name, value in model.state_dict().items()}
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
-            state = optimizer.state.get(parameter, {})
-            found[name] = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    found[f"optimizer/{name}/{key}"] = value
     return found
 
 

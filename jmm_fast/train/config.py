@@ -199,6 +199,9 @@ class RunConfig:
     its clips are listed in nonfinite.json."""
     nonfinite_limit: int = 10
     """Steps in a row that may be skipped before the run ends."""
+    shard: Literal["none", "full"] = "none"
+    """full: of several processes each holds a part of weights, gradients and optimiser state (FSDP2), for networks
+    that are too large to be held whole. none: each holds all (DistributedDataParallel)."""
     probe_every: int = 0
     """Epochs between evaluations during pretraining, by linear probe (cached features) and nearest neighbours on the
     test clips; their scores go to the metrics (0: none)."""
@@ -220,6 +223,7 @@ FREE_ON_RESUME = (
     "keep",
     "nonfinite",
     "nonfinite_limit",
+    "shard",
     "probe_every",
     "probe",
     "knn",

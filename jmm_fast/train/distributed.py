@@ -8,12 +8,13 @@ import contextlib
 import datetime
 import inspect
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from torch.profiler import record_function
 from jmm_fast.errors import SharedError, UserError
 from jmm_fast.files import locked
 from jmm_fast.models.blocks import DropPath
+from jmm_fast.train import sharding
 
 T = TypeVar("T")
 
@@ -175,18 +177,41 @@ def in_order(mine: Iterator[T], count: int) -> Iterator[T]:
         yield from islice(gather(item), count - first)
 
 
-def exchange(samples: int, stop: int, wanted: bool) -> tuple[int, int, bool]:
-    """Clips of a step, the signal to stop and whether a checkpoint is wanted, over all processes.
+class Exchange:
+    """What the processes tell each other after every step: its clips, a signal to stop, a checkpoint that is wanted.
 
-    Between hosts: nobody waits for a GPU.
+    Between hosts, 32 bytes: nobody waits for a GPU. Nor for the slowest process: the sum over all is on its way while
+    the next step computes, and is read after that, by all processes after the same step. A single process has nothing
+    to wait for.
     """
-    if size() == 1:
-        return samples, stop, wanted
-    mine = torch.tensor([samples, stop, wanted])
-    rows = [torch.empty_like(mine) for _ in range(size())]
-    dist.all_gather(rows, mine)
-    found = torch.stack(rows)
-    return int(found[:, 0].sum()), int(found[:, 1].max()), bool(found[:, 2].any())
+
+    def __init__(self) -> None:
+        self._under_way: list[tuple[dist.Work, Tensor]] = []
+
+    def __call__(self, samples: int, stop: int, wanted: bool, *, now: bool) -> tuple[int, int, bool]:
+        """Tell the others of a step and learn of the step before; ``now``: of this one too.
+
+        Args:
+            samples: clips of this process.
+            stop: SIGINT or SIGTERM, when it came, else 0.
+            wanted: whether a checkpoint is.
+
+        Returns:
+            The same of all processes together: clips, SIGTERM rather than SIGINT, whether one wants a checkpoint.
+        """
+        if size() == 1:
+            return samples, stop, wanted
+        mine = torch.tensor([samples, stop == signal.SIGINT, stop == signal.SIGTERM, wanted])
+        self._under_way.append((dist.all_reduce(mine, async_op=True), mine))
+        total = torch.zeros_like(mine)
+        # Nothing stays under way when all are about to stop.
+        while self._under_way and (now or len(self._under_way) > 1 or total[1:3].any()):
+            work, found = self._under_way.pop(0)
+            work.wait()
+            total += found
+        samples, interrupts, ends, wishes = total.tolist()
+        stop = signal.SIGTERM if ends else signal.SIGINT if interrupts else 0
+        return samples, int(stop), wishes > 0
 
 
 def only_first(say: Callable[[str], None]) -> Callable[[str], None]:
@@ -250,19 +275,31 @@ class Shared:
 
     Part ``p`` of the batch has the loss ``l_p``, a mean over ``w_p`` terms (masked tokens). What is computed is the
     gradient of ``sum_p w_p l_p / sum_p w_p``, the mean over all terms of the batch, however it is cut; equal for any
-    number of processes and parts but for rounding. DistributedDataParallel sums over processes while the last part's
-    backward pass still runs.
+    number of processes and parts but for rounding. DistributedDataParallel, or FSDP2 where the network is in shards,
+    sums over processes while the last part's backward pass still runs.
 
     Args:
-        model: what is trained; all processes take the weights of the first.
+        model: what is trained; all processes take the weights of the first. In place in shards, where it is sharded.
+        optimizer: of ``model``, before its first step; made to update the shards.
         loss_of: ``(batch, epoch) -> (loss, weight)``.
         accumulate: parts that each process makes of its share.
+        shard: ``full``: several processes share weights, gradients and optimiser state.
     """
 
-    def __init__(self, model: nn.Module, loss_of: Callable, accumulate: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss_of: Callable,
+        accumulate: int,
+        shard: Literal["none", "full"] = "none",
+    ) -> None:
         self.model, self.accumulate = model, accumulate
         self.objective: nn.Module = _Objective(model, loss_of)
-        if size() > 1:
+        self.sharded = size() > 1 and shard == "full"
+        if self.sharded:
+            sharding.shard(self.objective, model, optimizer)
+        elif size() > 1:
             kind = nn.parallel.DistributedDataParallel
             # Buffers are computed alike everywhere. The option has another name from torch 2.13 on.
             known = inspect.signature(kind).parameters
@@ -279,8 +316,7 @@ class Shared:
         sums = torch.zeros(2, dtype=torch.float64, device=batch.clips.device)
         parts = [batch] if self.accumulate == 1 else batch.split(self.accumulate)
         for number, part in enumerate(parts):
-            wait = size() > 1 and number + 1 < len(parts)
-            with self.objective.no_sync() if wait else contextlib.nullcontext():
+            with self._summing(number + 1 == len(parts)):
                 with record_function("forward"), context():
                     loss, terms = self.objective(part, epoch)
                 with record_function("backward"):
@@ -291,9 +327,15 @@ class Shared:
         if size() > 1:
             dist.all_reduce(sums)
         total, weight = sums[0], sums[1].clamp(min=1)
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        gradients = [sharding.local(value.grad) for value in self.model.parameters() if value.grad is not None]
         torch._foreach_mul_(gradients, size() / weight)
         return (total / weight).float()
+
+    def _summing(self, last: bool) -> contextlib.AbstractContextManager:
+        """Context of a part: gradients are summed over processes after the ``last`` alone."""
+        if self.sharded:
+            self.objective.set_requires_gradient_sync(last)
+        return contextlib.nullcontext() if last or self.sharded or size() == 1 else self.objective.no_sync()
 
 
 class _Objective(nn.Module):

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from jmm_fast.errors import SharedError, UserError
 from jmm_fast.models import FinetuneClassifier, parameter_layers
-from jmm_fast.train import distributed, environment
+from jmm_fast.train import distributed, environment, sharding
 from jmm_fast.train.config import FREE_ON_RESUME, check_unchanged, load_config, to_dict
 from jmm_fast.train.evaluate import (
     Score,
@@ -115,7 +115,7 @@ def finetune(
         def after_epoch(done: int) -> dict:
             if not settings.eval_every or done % settings.eval_every or done == settings.epochs:
                 return {}
-            result = _evaluate(model, test, store.num_classes, device, config.dtype)
+            result = _evaluate(sharding.whole_model(model), test, store.num_classes, device, config.dtype)
             return {"top1": result.top1, "top5": result.top5}
 
         record_start(folder, config, store, device)
@@ -137,7 +137,7 @@ def finetune(
             after_epoch=after_epoch,
             say=say,
         )
-        result = _evaluate(model, test, store.num_classes, device, config.dtype)
+        result = _evaluate(sharding.whole_model(model), test, store.num_classes, device, config.dtype)
     lines = distributed.from_first(lambda: read_lines(folder / "metrics.jsonl"))
     seen = [(line["top1"], line["epoch"]) for line in lines if "top1" in line]
     best, best_epoch = max([*seen, (result.top1, settings.epochs)])

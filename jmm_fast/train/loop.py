@@ -22,7 +22,7 @@ from torch.profiler import record_function
 
 from jmm_fast.errors import SharedError
 from jmm_fast.progress import Progress
-from jmm_fast.train import checkpoint, distributed
+from jmm_fast.train import checkpoint, distributed, sharding
 from jmm_fast.train.config import FinetuneConfig, OptimConfig, RunConfig
 from jmm_fast.train.ledger import Ledger, Step
 from jmm_fast.train.metrics import Metrics
@@ -55,6 +55,7 @@ class LoopConfig:
     keep: int
     nonfinite: Literal["stop", "skip"] = "stop"
     nonfinite_limit: int = 10
+    shard: Literal["none", "full"] = "none"
 
     @classmethod
     def of(cls, run: RunConfig, stage: RunConfig | FinetuneConfig, optim: OptimConfig) -> "LoopConfig":
@@ -70,6 +71,7 @@ class LoopConfig:
             keep=run.keep,
             nonfinite=run.nonfinite,
             nonfinite_limit=run.nonfinite_limit,
+            shard=run.shard,
         )
 
 
@@ -132,7 +134,7 @@ def train_step(
         loss = loss.detach()
     with record_function("update"):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        norm = sharding.total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         bad = ~(loss.isfinite() & norm.isfinite())
         # Both are read by the kernel of the update: a branch here would wait for the device.
         optimizer.found_inf = bad.float()
@@ -199,6 +201,9 @@ def fit(
         return checkpoint.latest(folder_of_checkpoints, say) if resume else None
 
     found = distributed.from_first(open_checkpoints)
+    shared = None
+    if distributed.size() * config.optim.accumulate > 1:
+        shared = distributed.Shared(model, optimizer, loss_of, config.optim.accumulate, config.shard)
     if found is not None:
         if found.record["fingerprint"] != fingerprint:
             raise SharedError(f"{folder} was trained on other data than the file given: a resumed run keeps its data")
@@ -215,11 +220,10 @@ def fit(
         say("no checkpoint yet: starting from the beginning")
 
     first = distributed.is_first()
-    accumulate = config.optim.accumulate
-    shared = distributed.Shared(model, loss_of, accumulate) if distributed.size() * accumulate > 1 else None
     began = time.monotonic() - seconds
     logged = time.monotonic()
     logged_samples = 0
+    exchange = distributed.Exchange()
     buffers = [value for value in model.state_dict(keep_vars=True).values() if not isinstance(value, nn.Parameter)]
     metrics = Metrics(folder, step, written=first)
     try:
@@ -253,10 +257,10 @@ def fit(
                     )
                     ledger.add(Step(step=step, epoch=epoch, rate=rate, index=batch.index, loss=loss, norm=norm))
                     step += 1
-                    # Several processes stop together, after the step in which all learned of the signal.
-                    samples, stop, wanted = distributed.exchange(len(batch.index), *signals.take())
-                    logged_samples += samples
                     logs = step % config.log_every == 0 or step == total
+                    # Several processes stop together, after the step in which all learned of the signal.
+                    samples, stop, wanted = exchange(len(batch.index), *signals.take(), now=logs)
+                    logged_samples += samples
                     saves = step % per_epoch == 0 or step % config.checkpoint_every == 0 or stop or wanted
                     with record_function("save and log"):
                         if logs or saves:
@@ -291,6 +295,8 @@ def fit(
                             state = {"fingerprint": fingerprint, "per_epoch": per_epoch, "seconds": seconds}
                             if first:
                                 writer.save(step, model, optimizer, ledger.state | state)
+                            else:
+                                checkpoint.contribute(model, optimizer)
                     if wanted:
                         say(f"checkpoint of step {step} of {total} asked for by a signal")
                     if stop and step < total:

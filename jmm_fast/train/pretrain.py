@@ -14,7 +14,7 @@ from jmm_fast import skeleton as layouts
 from jmm_fast.data import ClipStore, Split
 from jmm_fast.errors import SharedError, UserError
 from jmm_fast.models import JMMTGT, ModelConfig
-from jmm_fast.train import distributed, environment
+from jmm_fast.train import distributed, environment, sharding
 from jmm_fast.train.config import FREE_ON_RESUME, RunConfig, check_unchanged, load_config, to_dict
 from jmm_fast.train.evaluate import batches, check_joints, open_data, record_start
 from jmm_fast.train.knn import knn_score
@@ -150,7 +150,7 @@ def _train(
         if not config.probe_every or done % config.probe_every:
             return {}
         # The probe freezes what it is given.
-        encoder = copy.deepcopy(model.encoder)
+        encoder = copy.deepcopy(sharding.whole_model(model).encoder)
         cached = dataclasses.replace(config, probe=dataclasses.replace(config.probe, features="cached"))
         linear = linear_score(encoder, store, split, cached, device)
         return {"linear_top1": linear.top1, "knn_top1": knn_score(encoder, store, split, cached, device).top1}
@@ -176,7 +176,8 @@ def _train(
         after_epoch=after_epoch,
         say=say,
     )
-    distributed.from_first(lambda: model.save_pretrained(out / "model"))
+    trained = sharding.whole_model(model)
+    distributed.from_first(lambda: trained.save_pretrained(out / "model"))
     say(f"model written to {out / 'model'}")
 
 

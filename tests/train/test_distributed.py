@@ -90,7 +90,7 @@ def whole(gappy_clips, tmp_path_factory):
     made = {}
 
     def make(config):
-        config = change(config, optim={"accumulate": 1})
+        config = change(config, optim={"accumulate": 1}, shard="none")
         key = str(config)
         if key not in made:
             made[key] = pretrain(config, data=gappy_clips, out=tmp_path_factory.mktemp("whole") / "run", say=quiet)
@@ -112,8 +112,12 @@ FEW = "train: subject in s01; test: subject in s02"  # two clips to train on
         (4, {"data": {"split": FEW}}),
         (1, {"optim": {"accumulate": 3}}),
         (2, {"optim": {"accumulate": 2}, "model": {"topology": "free"}}),
+        (2, {"shard": "full"}),
+        (4, {"shard": "full", "data": {"split": FEW}, "model": {"topology": "free"}}),
+        (3, {"shard": "full", "optim": {"accumulate": 2}, "data": {"batch_size": 40}, "backend": "reference"}),
     ],
-    ids=["two", "four", "three", "ragged", "without-clips", "accumulate", "two-accumulate"],
+    ids=["two", "four", "three", "ragged", "without-clips", "accumulate", "two-accumulate"]
+    + ["two-shards", "four-shards", "three-shards"],
 )
 def test_the_same_run(gappy_clips, tiny, whole, tmp_path, size, changes):
     tiny = change(tiny, **changes)
