@@ -6,12 +6,15 @@ import os
 import socket
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from jmm_fast.cli import main
+from jmm_fast.train.distributed import session
 
 LIMIT = 120
 """Seconds after which a test gives up."""
@@ -40,8 +43,11 @@ class Ranks:
         return path.read_text() if path.exists() else ""
 
 
-def start(folder: Path, commands: list[list]) -> Ranks:
-    """One process per command line of ``jmm-fast``, joined as ranks 0, 1, ...; what they write goes into ``folder``."""
+def start(folder: Path, commands: list) -> Ranks:
+    """One process per command line of ``jmm-fast``, joined as ranks 0, 1, ...; what they write goes into ``folder``.
+
+    In place of a command line a function of a module, called in the session of the processes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
@@ -55,20 +61,31 @@ def start(folder: Path, commands: list[list]) -> Ranks:
     for rank, command in enumerate(commands):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(commands), "MASTER_ADDR": "127.0.0.1"}
         place |= {"MASTER_PORT": port, "JMM_FAST_TIMEOUT": LIMIT / 2}
-        process = context.Process(target=_run, args=(folder / str(rank), place, [str(word) for word in command]))
+        command = command if callable(command) else [str(word) for word in command]
+        process = context.Process(target=_run, args=(folder / str(rank), place, command))
         process.start()
         processes.append(process)
     return Ranks(processes, folder)
 
 
-def _run(path: Path, place: dict, command: list[str]) -> None:
+def _run(path: Path, place: dict, command: list[str] | Callable[[], None]) -> None:
     os.environ.update({name: str(value) for name, value in place.items()})
     output = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
     torch.set_num_threads(1)
-    code = main(command)
+    code = _call(command) if callable(command) else main(command)
     sys.stdout.flush()
     sys.stderr.flush()
     # As a program ends: without the clean-up of multiprocessing, which has nothing to clean up here.
     os._exit(code)
+
+
+def _call(work: Callable[[], None]) -> int:
+    try:
+        with session():
+            work()
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0

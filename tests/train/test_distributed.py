@@ -99,6 +99,9 @@ def whole(gappy_clips, tmp_path_factory):
     return make
 
 
+TESTED = 21  # clips that are tested on
+A_CLIP = 1.01 * 100 / TESTED  # which may stand between two classes, so that rounding decides
+
 FEW = "train: subject in s01; test: subject in s02"  # two clips to train on
 
 
@@ -116,8 +119,7 @@ FEW = "train: subject in s01; test: subject in s02"  # two clips to train on
         (4, {"shard": "full", "data": {"split": FEW}, "model": {"topology": "free"}}),
         (3, {"shard": "full", "optim": {"accumulate": 2}, "data": {"batch_size": 40}, "backend": "reference"}),
     ],
-    ids=["two", "four", "three", "ragged", "without-clips", "accumulate", "two-accumulate"]
-    + ["two-shards", "four-shards", "three-shards"],
+    ids="two four three ragged without-clips accumulate two-accumulate two-shards four-shards three-shards".split(),
 )
 def test_the_same_run(gappy_clips, tiny, whole, tmp_path, size, changes):
     tiny = change(tiny, **changes)
@@ -147,6 +149,27 @@ def test_a_signal_stops_all_and_fewer_go_on(gappy_clips, tiny, whole, tmp_path):
     check_same(out, whole(tiny))
 
 
+def test_killed_together_and_continued_by_fewer(gappy_clips, tiny, whole, tmp_path):
+    """``kill -9`` of all: 4 processes, then 2 from the checkpoint before a damaged one, then 1; shards come and go."""
+    tiny = change(tiny, epochs=30, checkpoint_every=1, keep=3)
+    out = tmp_path / "run"
+    for number, (size, flags) in enumerate([(4, ["--shard", "full"]), (2, ["--resume"])]):
+        started = ranks.start(tmp_path / f"said{number}", [command(tiny, gappy_clips, out, *flags)] * size)
+        wait_for_steps(started, out, 10 * number + 5)
+        for process in started.processes:
+            process.kill()
+        assert started.wait() == [-signal.SIGKILL] * size
+        *_, before, newest = sorted((out / "checkpoints").glob("step-*"))
+        with open(newest, "r+b") as file:
+            file.seek(-5, os.SEEK_END)
+            file.write(b"wrong")
+    assert "continuing after step" in started.said(0) and "is damaged" in started.said(0)
+    text = run(1, tiny, gappy_clips, out, "--resume", "--shard", "full")
+    assert f"{newest} is damaged: its checksum does not match; trying the checkpoint before it" in text
+    assert f"continuing after step {int(before.stem[5:])} of 90" in text
+    check_same(out, whole(tiny))
+
+
 def wait_for_steps(started, out, count):
     limit = time.monotonic() + ranks.LIMIT
     while len(read_lines(out / "metrics.jsonl")) < count:
@@ -154,8 +177,9 @@ def wait_for_steps(started, out, count):
         time.sleep(0.002)
 
 
-def test_all_stop_at_a_loss_that_is_not_finite(gappy_clips, tiny, tmp_path):
-    config = change(tiny, optim={"lr": 1e30, "min_lr": 1e30, "clip_grad": None}, log_every=3)
+@pytest.mark.parametrize("shard", ["none", "full"])
+def test_all_stop_at_a_loss_that_is_not_finite(gappy_clips, tiny, tmp_path, shard):
+    config = change(tiny, optim={"lr": 1e30, "min_lr": 1e30, "clip_grad": None}, log_every=3, shard=shard)
     out = tmp_path / "run"
     with locked(out):
         assert re.search(
@@ -170,9 +194,11 @@ def test_all_stop_at_a_loss_that_is_not_finite(gappy_clips, tiny, tmp_path):
     assert len(set(batch["clips"])) == config.data.batch_size
 
 
-def test_a_dead_process_ends_the_others(gappy_clips, tiny, tmp_path):
+@pytest.mark.parametrize("shard", ["none", "full"])
+def test_a_dead_process_ends_the_others(gappy_clips, tiny, tmp_path, shard):
     out = tmp_path / "run"
-    started = ranks.start(tmp_path / "said", [command(change(tiny, epochs=1000), gappy_clips, out)] * 3)
+    config = change(tiny, epochs=1000, shard=shard)
+    started = ranks.start(tmp_path / "said", [command(config, gappy_clips, out)] * 3)
     wait_for_steps(started, out, 3)
     started.processes[1].kill()
     assert started.wait() == [2, -signal.SIGKILL, 2]
@@ -247,20 +273,25 @@ def test_the_same_finetuning(gappy_clips, tiny, whole, tmp_path):
     """Drop path, dropout and batch normalisation included; 3 does not divide the batch."""
     run = whole(tiny)
     made = []
-    for count in (1, 3):
+    for count, shard in ((1, "none"), (3, "none"), (2, "full")):
         out = tmp_path / str(count)
         flags = ["--epochs", "4", "--eval-every", "2", "--optim.clip-grad", "1.0", "--label-smoothing", "0.1"]
-        line = ["finetune", run, "--data", gappy_clips, "--out", out, *flags]
+        line = ["finetune", run, "--data", gappy_clips, "--out", out, *flags, "--shard", shard]
         started = ranks.start(tmp_path / f"said{count}", [line] * count)
         assert started.wait() == [0] * count, [started.said(rank) for rank in range(count)]
         folder = out / "finetune" / "pretrained"
-        made.append((numbers(folder, "loss", "grad_norm"), checkpoint.latest(folder / "checkpoints").tensors))
-    (losses, one), (others, three) = made
-    np.testing.assert_allclose(others, losses, rtol=1e-5)
+        (line,) = read_lines(out / "evaluations.jsonl")
+        tested = [line["top1"] for line in read_lines(folder / "metrics.jsonl") if "top1" in line]
+        tensors = checkpoint.latest(folder / "checkpoints").tensors
+        made.append((numbers(folder, "loss", "grad_norm"), tensors, [*tested, line["top1"]]))
+    (losses, one, scores), *others = made
     # Batch normalisation takes out the bias before it, which is noise for the same reason, and remembers it as a mean.
     noise = ("model/fc1.bias", "model/norm.running_mean")
     kept = [name for name in one if name.startswith("model/") and name not in noise]
-    check_close(*({name: state[name] for name in kept} for state in (three, one)), atol=5e-6)
+    for found, many, tested in others:
+        np.testing.assert_allclose(found, losses, rtol=1e-5)
+        check_close(*({name: state[name] for name in kept} for state in (many, one)), atol=5e-6)
+        assert len(tested) == 2 and np.allclose(tested, scores, rtol=0, atol=A_CLIP)
 
 
 def test_probes_on_schedule(clips, config, tmp_path):
@@ -275,13 +306,13 @@ def test_probes_on_schedule(clips, config, tmp_path):
     source = open_source(last, out=None, fallback=config)
     line = probe(source, data=clips, say=quiet)
     assert [round(found[0]["linear_top1"], 3), found[0]["epoch"]] == [line["top1"], 3]
-    many = tmp_path / "many"
-    run(2, change(config, probe_every=3), clips, many)
-    (shared,) = [line for line in read_lines(many / "metrics.jsonl") if "knn_top1" in line]
-    # One clip of the test set may stand between two classes, which rounding decides.
-    one = 100 / len(ClipStore.open(clips).split("xsub").test)
-    assert abs(shared["linear_top1"] - found[0]["linear_top1"]) <= 1.01 * one
-    assert abs(shared["knn_top1"] - found[0]["knn_top1"]) <= 1.01 * one
+    assert len(ClipStore.open(clips).split("xsub").test) == TESTED
+    for shard in ("none", "full"):
+        many = tmp_path / shard
+        run(2, change(config, probe_every=3, shard=shard), clips, many)
+        (shared,) = [line for line in read_lines(many / "metrics.jsonl") if "knn_top1" in line]
+        assert abs(shared["linear_top1"] - found[0]["linear_top1"]) <= A_CLIP
+        assert abs(shared["knn_top1"] - found[0]["knn_top1"]) <= A_CLIP
 
 
 def test_torchrun_starts_again_after_a_death(gappy_clips, tiny, whole, tmp_path):
