@@ -130,10 +130,12 @@ def motion_mask(
         checks.require(0 <= gate <= 1, "gate", "in [0, 1]", gate)
     if uniform is not None:
         checks.floating("uniform", uniform, "[B,L]", 2)
-        checks.require(uniform.shape == (clips.shape[0], tokens), "uniform", f"[{clips.shape[0]}, {tokens}]", uniform)
+        checks.require(
+            uniform.shape == (clips.shape[0], tokens), "uniform", lambda: f"[{clips.shape[0]}, {tokens}]", uniform
+        )
     if clip_ids is not None:
         checks.integer("clip_ids", clip_ids, "[B]", 1)
-        checks.require(clip_ids.shape[0] == clips.shape[0], "clip_ids", f"int [{clips.shape[0]}]", clip_ids)
+        checks.require(clip_ids.shape[0] == clips.shape[0], "clip_ids", lambda: f"int [{clips.shape[0]}]", clip_ids)
     if valid is not None:
         checks.boolean("valid", valid, (clips.shape[0], tokens))
     epoch_at = None
