@@ -72,9 +72,9 @@ Call make_call(const char* device, bool here, const Tensor& clips, int64_t kept,
     p.valid = static_cast<const bool*>(call.valid->const_data_ptr());
   }
   if (epoch_at.has_value()) {
-    STD_TORCH_CHECK(epoch_at->device() == clips.device() && epoch_at->scalar_type() == ScalarType::Long &&
-                        epoch_at->dim() == 0,
-                    "epoch_at must be an int64 ", device, " tensor []");
+    STD_TORCH_CHECK(
+        epoch_at->device() == clips.device() && epoch_at->scalar_type() == ScalarType::Long && epoch_at->dim() == 0,
+        "epoch_at must be an int64 ", device, " tensor []");
     call.epoch_at = epoch_at;
     p.epoch_at = static_cast<const int64_t*>(epoch_at->const_data_ptr());
   }

@@ -189,6 +189,21 @@ def test_sigusr1_saves_and_goes_on(clips, config, tmp_path, monkeypatch, said):
     assert "checkpoint of step 5 of 9 asked for by a signal" in said
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_the_thread_that_makes_batches_ends_with_the_run(clips, config, tmp_path, monkeypatch, error):
+    seen = []
+
+    def fails():
+        seen.extend(thread.name for thread in threading.enumerate())
+        raise error
+
+    at_step(monkeypatch, 4, fails)
+    with pytest.raises(error):
+        pretrain(config, data=clips, out=tmp_path / "run", say=quiet)
+    assert "prefetch" in seen
+    assert "prefetch" not in {thread.name for thread in threading.enumerate()}
+
+
 def test_a_profile(clips, config, tmp_path, said):
     out = pretrain(config, data=clips, out=tmp_path / "run", profile=True, say=said.append)
     assert f"profile written to {out / 'profile'}" in said
