@@ -10,7 +10,7 @@ import torch
 Item = TypeVar("Item")
 
 
-def ahead(items: Generator[Item], depth: int) -> Iterator[Item]:
+def ahead(items: Generator[Item, None, None], depth: int) -> Iterator[Item]:
     """``items`` in their order, made by a thread that is up to ``depth`` of them ahead; 0 makes each when asked for.
 
     The thread lives as long as the iterator that is returned: until the items end, or it is closed or dropped. What the
