@@ -10,11 +10,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "jmm_fast"
 
-LEAVES = {"errors", "files", "progress", "skeleton"}
+LEAVES = {"errors", "files", "memory", "progress", "skeleton"}
 BELOW_MODELS = {"ops", "reference", *LEAVES}
 ALLOWED = {
     "errors": set(),
     "files": {"errors"},
+    "memory": set(),
     "progress": set(),
     "skeleton": {"errors"},
     "reference": set(),

@@ -22,7 +22,7 @@ struct Call {
   Problem problem{};
   Result result{};
   Tensor visible, mask, restore, probability;
-  std::optional<Tensor> uniform, clip_ids, valid;  ///< contiguous: `problem` points into them
+  std::optional<Tensor> uniform, clip_ids, valid, epoch_at;  ///< contiguous: `problem` points into them
 };
 
 Tensor empty(const Tensor& like, int64_t rows, int64_t columns, ScalarType dtype) {
@@ -34,7 +34,7 @@ Tensor empty(const Tensor& like, int64_t rows, int64_t columns, ScalarType dtype
 /// it.
 Call make_call(const char* device, bool here, const Tensor& clips, int64_t kept, double tau, int64_t patch,
                int64_t variant, double gate, std::optional<Tensor> uniform, int64_t seed, int64_t epoch,
-               std::optional<Tensor> clip_ids, std::optional<Tensor> valid) {
+               std::optional<Tensor> clip_ids, std::optional<Tensor> valid, std::optional<Tensor> epoch_at) {
   STD_TORCH_CHECK(here && clips.dim() == 4 && clips.scalar_type() == ScalarType::Float, "clips must be a float32 ",
                   device, " tensor [B,T,V,C]");
   STD_TORCH_CHECK(patch >= 1 && clips.size(1) % patch == 0 && clips.size(1) >= 2 * patch,
@@ -70,6 +70,13 @@ Call make_call(const char* device, bool here, const Tensor& clips, int64_t kept,
     STD_TORCH_CHECK(fits(*valid, ScalarType::Bool, p.tokens), "valid must be a bool ", device, " tensor [B,L]");
     call.valid = torch::stable::contiguous(*valid);
     p.valid = static_cast<const bool*>(call.valid->const_data_ptr());
+  }
+  if (epoch_at.has_value()) {
+    STD_TORCH_CHECK(
+        epoch_at->device() == clips.device() && epoch_at->scalar_type() == ScalarType::Long && epoch_at->dim() == 0,
+        "epoch_at must be an int64 ", device, " tensor []");
+    call.epoch_at = epoch_at;
+    p.epoch_at = static_cast<const int64_t*>(epoch_at->const_data_ptr());
   }
 
   call.visible = empty(clips, p.bodies, kept, ScalarType::Long);

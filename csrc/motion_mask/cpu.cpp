@@ -23,9 +23,9 @@ bool draw(Isa isa, const Problem& p, const Result& result, float* memory,
 std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t> run(const Tensor& clips, int64_t kept, double tau, int64_t patch,
                                                         int64_t variant, double gate, std::optional<Tensor> uniform,
                                                         int64_t seed, int64_t epoch, std::optional<Tensor> clip_ids,
-                                                        std::optional<Tensor> valid) {
-  const Call call =
-      make_call("CPU", clips.is_cpu(), clips, kept, tau, patch, variant, gate, uniform, seed, epoch, clip_ids, valid);
+                                                        std::optional<Tensor> valid, std::optional<Tensor> epoch_at) {
+  const Call call = make_call("CPU", clips.is_cpu(), clips, kept, tau, patch, variant, gate, uniform, seed, epoch,
+                              clip_ids, valid, epoch_at);
   const Problem& p = call.problem;
   std::atomic<int64_t> settled{0};
   if (p.bodies > 0) {

@@ -377,8 +377,7 @@ void fill_draws(const Problem& p, int64_t body, float* __restrict to) {
     for (int64_t i = p.tokens; i < p.tokens + kLanes; ++i) to[i] = 0.5f;
     return;
   }
-  const uint64_t clip = static_cast<uint64_t>(p.clip_ids != nullptr ? p.clip_ids[body] : body);
-  fill_uniform(philox_stream(p.seed, Purpose::kMask, clip, p.epoch), p.tokens, to);
+  fill_uniform(draws_of(p, body), p.tokens, to);
 }
 
 /// Weights e^(z - max z) to `weight` and ratios weight / (-log u) to `ratio`, whose bits order as they do; lanes behind

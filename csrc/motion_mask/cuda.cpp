@@ -16,9 +16,9 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor, Tensor> run(const Tensor& clips, int64_t kept, double tau, int64_t patch,
                                                int64_t variant, double gate, std::optional<Tensor> uniform,
                                                int64_t seed, int64_t epoch, std::optional<Tensor> clip_ids,
-                                               std::optional<Tensor> valid) {
-  const Call call =
-      make_call("CUDA", clips.is_cuda(), clips, kept, tau, patch, variant, gate, uniform, seed, epoch, clip_ids, valid);
+                                               std::optional<Tensor> valid, std::optional<Tensor> epoch_at) {
+  const Call call = make_call("CUDA", clips.is_cuda(), clips, kept, tau, patch, variant, gate, uniform, seed, epoch,
+                              clip_ids, valid, epoch_at);
   const Problem& p = call.problem;
   STD_TORCH_CHECK(p.tokens <= most_tokens(), "clips must have at most ", most_tokens(), " tokens a body, got ",
                   p.tokens);

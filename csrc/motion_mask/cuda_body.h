@@ -116,8 +116,7 @@ __device__ inline void fill_draws(const Problem& p, int64_t body, double* to) {
     for (int i = thread; i < tokens; i += kThreads) to[i] = p.uniform[body * p.tokens + i];
     return;
   }
-  const uint64_t clip = static_cast<uint64_t>(p.clip_ids != nullptr ? p.clip_ids[body] : body);
-  const PhiloxStream stream = philox_stream(p.seed, Purpose::kMask, clip, p.epoch);
+  const PhiloxStream stream = draws_of(p, body);
   for (int i = 4 * thread; i < tokens; i += 4 * kThreads) {
     const PhiloxWords words = stream.block(static_cast<uint32_t>(i / 4));
     to[i] = philox_uniform(words.x0);

@@ -19,6 +19,7 @@ struct Problem {
   uint64_t seed, epoch;
   const int64_t* clip_ids;  ///< [B] contiguous, or null for 0..B-1
   const bool* valid;        ///< [B,L] contiguous, which tokens were seen, or null for all
+  const int64_t* epoch_at;  ///< where the epoch lies when the mask is drawn, or null for `epoch`
 };
 
 struct Result {

@@ -5,12 +5,19 @@
 #include "motion_mask/problem.h"
 #include "philox.h"
 
-// The score of a token in double precision, for the host and for CUDA. Internal linkage: files compiled for different
-// instruction sets include this.
+// The draws of a body and the score of a token in double precision, for the host and for CUDA. Internal linkage: files
+// compiled for different instruction sets include this.
 
 namespace jmm_fast::motion_mask {
 
 namespace {
+
+/// The body's draws, where none are given.
+JMM_HOST_DEVICE PhiloxStream draws_of(const Problem& p, int64_t body) {
+  const int64_t clip = p.clip_ids != nullptr ? p.clip_ids[body] : body;
+  const uint64_t epoch = p.epoch_at != nullptr ? static_cast<uint64_t>(*p.epoch_at) : p.epoch;
+  return philox_stream(p.seed, Purpose::kMask, static_cast<uint64_t>(clip), epoch);
+}
 
 /// The score as the plain twin computes it, `step` > 0. Sizes other than 0 are known when compiling, and the
 /// coordinates of a joint then lie side by side: each number is read once and stays in a register.

@@ -13,7 +13,10 @@ from jmm_fast.bench.parity import compare
 from jmm_fast.ops.backend import unavailable
 
 # Two bodies in every clip: nothing is empty, which would cost us less than the feeder.
-SHAPES = {"ntu48": {"clips": 48, "bodies": 2, "joints": 25, "window": 120}}
+SHAPES = {
+    "ntu48": {"clips": 48, "bodies": 2, "joints": 25, "window": 120},
+    "gpu_ntu512": {"clips": 512, "bodies": 2, "joints": 25, "window": 120, "device": "cuda"},
+}
 
 
 def prepare(case: Case) -> Callable[[], object]:
@@ -30,17 +33,17 @@ def prepare(case: Case) -> Callable[[], object]:
     count = torch.from_numpy(np.repeat(lengths, bodies))
     length = torch.maximum((count * torch.rand(len(count)) / 2 + count / 2).long(), count.clamp(max=64))
     angles = torch.empty(len(count), 3).uniform_(-0.3, 0.3)
-    return lambda: ops.clip_window(
-        frames, rows + (count - length) // 2, length, angles, window=window, backend=case.contender
-    )
+    inputs = [x.to(size.get("device", "cpu")) for x in (frames, rows + (count - length) // 2, length, angles)]
+    return lambda: ops.clip_window(*inputs, window=window, backend=case.contender)
 
 
 def checks(dtype: str, contender: str) -> Iterator[Check]:
     kind = getattr(torch, dtype)
-    frames = moving_clips(1, 900)[0].to(kind)
-    length = torch.tensor([0, 1, 2, 63, 64, 74, 120, 121, 240, 300, 900])
-    start = torch.tensor([900, 5, 7, 10, 0, 300, 3, 200, 20, 600, 0])
-    angles = torch.empty(len(length), 3).uniform_(-0.3, 0.3)
+    device = "cuda" if contender == "triton" else "cpu"
+    frames = moving_clips(1, 900)[0].to(device, kind)
+    length = torch.tensor([0, 1, 2, 63, 64, 74, 120, 121, 240, 300, 900], device=device)
+    start = torch.tensor([900, 5, 7, 10, 0, 300, 3, 200, 20, 600, 0], device=device)
+    angles = torch.empty(len(length), 3).uniform_(-0.3, 0.3).to(device)
     for window in (1, 40, 120):
         for turn in (angles, None):
             yield from compare(
@@ -58,6 +61,8 @@ def checks(dtype: str, contender: str) -> Iterator[Check]:
 
 
 def missing(case: Case) -> str | None:
+    if case.contender in FEEDERS and SHAPES[case.shape].get("device") == "cuda":
+        return "it feeds the CPU: see the feeder"
     return None if case.contender in FEEDERS else unavailable("clip_window", case.contender)
 
 
@@ -65,7 +70,7 @@ WORKLOAD = Workload(
     shapes=SHAPES,
     dtypes=("float32",),
     directions=("forward",),
-    contenders=("cpu", "reference", *FEEDERS),
+    contenders=("cpu", "triton", "reference", *FEEDERS),
     prepare=prepare,
     checks=checks,
     unavailable=missing,

@@ -1,5 +1,6 @@
 """A whole training batch from a clip store, draws included, against feeders that go sample by sample."""
 
+import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -8,12 +9,17 @@ import torch
 from jmm_fast import reference
 from jmm_fast.bench.case import Case, Check, Workload
 from jmm_fast.bench.inputs import clip_lengths, moving_clips
-from jmm_fast.bench.numpy_feeder import FEEDERS, dense_sample, feed
+from jmm_fast.bench.numpy_feeder import FEEDERS, dense_sample, fed_by_workers, feed
 from jmm_fast.bench.parity import compare
 from jmm_fast.data import BodyBatches, ClipStore, StoreContents
 from jmm_fast.skeleton import get
 
-SHAPES = {"ntu48": {"clips": 48, "bodies": 2, "joints": 25, "window": 120}}
+SHAPES = {
+    "ntu48": {"clips": 48, "bodies": 2, "joints": 25, "window": 120},
+    "gpu_ntu48": {"clips": 48, "bodies": 2, "joints": 25, "window": 120, "device": "cuda"},
+}
+WORKERS = {"numpy_16": 16}
+"""Contenders of several processes: the usual feeder in so many."""
 
 
 def _clips(shape: str) -> list[np.ndarray]:
@@ -47,22 +53,30 @@ def _batches(shape: str, backend: str) -> BodyBatches:
         train=True,
         seed=0,
         empty_bodies="keep",
+        device=size.get("device", "cpu"),
         backend=backend,
     )
 
 
 def prepare(case: Case) -> Callable[[], object]:
-    if case.contender in FEEDERS:
+    size = SHAPES[case.shape]
+    if case.contender in (*FEEDERS, *WORKERS):
         samples = [dense_sample(clip) for clip in _clips(case.shape)]
+        on_gpu = size.get("device") == "cuda"
+        if case.contender in WORKERS:
+            fed = fed_by_workers(samples, "numpy", size["window"], WORKERS[case.contender], pin_memory=on_gpu)
+            return lambda: next(fed).to(size.get("device", "cpu"), non_blocking=True)
         draws = np.random.default_rng(0)
-        return lambda: feed(samples, case.contender, SHAPES[case.shape]["window"], draws)
+        return lambda: feed(samples, case.contender, size["window"], draws).to(size.get("device", "cpu"))
     batches = _batches(case.shape, case.contender)
     return lambda: batches.batch(batches.ids, 0).clips
 
 
 def checks(dtype: str, contender: str) -> Iterator[Check]:
     """The batch against windows cut and turned one by one in float64, by the draws that the batches report."""
-    for shape in SHAPES:
+    for shape, size in SHAPES.items():
+        if size.get("device") == "cuda" and not torch.cuda.is_available():
+            continue
         ours, single = (_batches(shape, backend) for backend in (contender, "reference"))
         store, index, epoch = ours.store, ours.ids, 3
         begin, length = ours.windows(index, epoch)
@@ -80,22 +94,24 @@ def checks(dtype: str, contender: str) -> Iterator[Check]:
         ]
         yield from compare(
             ("clips",),
-            [ours.batch(index, epoch).clips],
-            [single.batch(index, epoch).clips],
+            [ours.batch(index, epoch).clips.cpu()],
+            [single.batch(index, epoch).clips.cpu()],
             [torch.cat(exact)],
             torch.finfo(torch.float32).eps,
         )
 
 
 def missing(case: Case) -> str | None:
-    return None
+    cores = os.cpu_count() or 1
+    workers = WORKERS.get(case.contender, 0)
+    return f"needs {workers} cores, there are {cores}" if workers > cores else None
 
 
 WORKLOAD = Workload(
     shapes=SHAPES,
     dtypes=("float32",),
     directions=("forward",),
-    contenders=("auto", "reference", *FEEDERS),
+    contenders=("auto", "reference", *FEEDERS, *WORKERS),
     prepare=prepare,
     checks=checks,
     unavailable=missing,

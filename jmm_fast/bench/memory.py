@@ -5,14 +5,12 @@
 
 import json
 import os
-import re
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from jmm_fast.bench.case import Case
+from jmm_fast.memory import peak_bytes
 
 CALLS = 2
 """Calls of the case: a training step allocates the optimiser's state only at the end of the first."""
@@ -20,18 +18,6 @@ CALLS = 2
 
 class MemoryOfCaseError(RuntimeError):
     """The process that was to be measured failed or was killed."""
-
-
-def peak_bytes() -> int:
-    """Largest resident size of this process so far."""
-    try:
-        # VmHWM begins anew with the program; ru_maxrss is inherited from a larger parent.
-        found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
-        if found:
-            return int(found[1]) * 1024
-    except OSError:
-        pass
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def peak_on_gpu(function: Callable[[], object]) -> int:

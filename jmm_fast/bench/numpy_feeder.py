@@ -6,12 +6,13 @@ then they are stacked. ``usual`` does each part as those feeders do, bilinear re
 coordinate and a rotation matrix for each frame; ``lean`` is the quickest form of it that we found.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from jmm_fast.reference import rotation_matrix
 
@@ -74,6 +75,28 @@ def feed(samples: Sequence[np.ndarray], feeder: str, window: int, draws: np.rand
             one(sample, draws.uniform(0.5, 1), draws.random(), torch.empty(3).uniform_(-0.3, 0.3), window)
             for sample in samples
         ]
+    )
+
+
+class _Endless(IterableDataset):
+    """Batch after batch of a feeder."""
+
+    def __init__(self, samples: Sequence[np.ndarray], feeder: str, window: int) -> None:
+        self.samples, self.feeder, self.window = samples, feeder, window
+
+    def __iter__(self) -> Iterator[Tensor]:
+        worker = get_worker_info()
+        draws = np.random.default_rng(worker.id if worker else 0)
+        while True:
+            yield feed(self.samples, self.feeder, self.window, draws)
+
+
+def fed_by_workers(
+    samples: Sequence[np.ndarray], feeder: str, window: int, workers: int, *, pin_memory: bool
+) -> Iterator[Tensor]:
+    """What :func:`feed` gives, in turn from so many processes that work ahead; in pinned memory for a GPU."""
+    return iter(
+        DataLoader(_Endless(samples, feeder, window), batch_size=None, num_workers=workers, pin_memory=pin_memory)
     )
 
 

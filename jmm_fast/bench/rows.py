@@ -17,6 +17,7 @@ CONTENDERS = {
     "flex": "FlexAttention",
     "numpy": "numpy + F.interpolate feeder",
     "numpy_lean": "the same, made lean",
+    "numpy_16": "numpy + F.interpolate feeder, 16 processes",
 }
 DIRECTIONS = {"forward": "forward", "forward_backward": "forward+backward", "step": "step"}
 
@@ -172,6 +173,7 @@ ROWS: tuple[Row, ...] = (
     _pair("clip_window", "ntu48", "float32", "forward", "cpu", "numpy", bar=30.0, threads=1),
     _pair("clip_window", "ntu48", "float32", "forward", "cpu", "numpy_lean", threads=1),
     _pair("clip_window", "ntu48", "float32", "forward", "cpu", "reference"),
+    _pair("clip_window", "gpu_ntu512", "float32", "forward", "triton", "reference", device="cuda"),
     _pair("motion_loss", "full", "float32", "forward_backward", "cpu", "reference", bar=5.0),
     _pair("motion_loss", "masked", "float32", "forward_backward", "cpu", "reference"),
     _pair("motion_loss", "full", "bfloat16", "forward_backward", "cpu", "reference"),
@@ -186,6 +188,8 @@ ROWS: tuple[Row, ...] = (
     _pair("feeder", "ntu48", "float32", "forward", "auto", "numpy", threads=1),
     _pair("feeder", "ntu48", "float32", "forward", "auto", "numpy_lean", threads=1),
     _pair("feeder", "ntu48", "float32", "forward", "auto", "reference"),
+    _pair("feeder", "gpu_ntu48", "float32", "forward", "auto", "numpy_16", device="cuda"),
+    _pair("feeder", "gpu_ntu48", "float32", "forward", "auto", "reference", device="cuda"),
     _step("released", "float32", "float32", bar=2.2),
     _step("released", "bfloat16", "float32", bar=4.0, isa="avx512bf16"),
     _step("released", "float32", "float32", bar=3.0, quantity="memory"),

@@ -1,5 +1,10 @@
-"""Batches of bodies: clips cropped, resampled and rotated, made where they are trained on."""
+"""Batches of bodies: clips cropped, resampled and rotated, made where they are trained on.
 
+The host draws a few numbers for each body (a :class:`Draft`) and sends them in one copy; the device makes the batch.
+"""
+
+import contextlib
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -9,6 +14,7 @@ import torch
 from torch import Tensor
 
 from jmm_fast import ops
+from jmm_fast.data.prefetch import ahead
 from jmm_fast.data.store import ClipStore
 from jmm_fast.errors import UserError
 from jmm_fast.ops.philox import uniform
@@ -27,6 +33,7 @@ class ClipBatch:
         clip_of_body: int64 ``[Nb]``, position in this batch (0..N-1) of the body's clip.
         labels: int64 ``[N]``.
         index: int64 ``[N]``, clip index in the data set.
+        bodies: int64 ``[N]`` in host memory, rows of each clip; None in a batch that a CUDA graph makes.
         seen: bool ``[Nb, T, V]``, False where a pose that went into the number is missing; None: all are there.
     """
 
@@ -35,6 +42,7 @@ class ClipBatch:
     clip_of_body: Tensor
     labels: Tensor
     index: Tensor
+    bodies: np.ndarray | None
     seen: Tensor | None = None
 
     def valid(self, t_patch: int) -> Tensor | None:
@@ -53,24 +61,84 @@ class ClipBatch:
 
     def split(self, parts: int) -> list["ClipBatch"]:
         """This batch as ``parts`` batches whose numbers of clips differ by one at most, in order; some may be empty."""
-        sizes = [len(part) for part in self.index.tensor_split(parts)]
-        ends = torch.tensor(sizes).cumsum(0).to(self.clip_of_body)
-        rows = torch.searchsorted(self.clip_of_body, ends).tolist()
         made, clip, row = [], 0, 0
-        for count, end in zip(sizes, rows, strict=True):
-            bodies, clips = slice(row, end), slice(clip, clip + count)
+        for bodies in np.array_split(self.bodies, parts):
+            next_clip, next_row = clip + len(bodies), row + int(bodies.sum())
+            rows, clips = slice(row, next_row), slice(clip, next_clip)
             made.append(
                 ClipBatch(
-                    clips=self.clips[bodies],
-                    clip_ids=self.clip_ids[bodies],
-                    clip_of_body=self.clip_of_body[bodies] - clip,
+                    clips=self.clips[rows],
+                    clip_ids=self.clip_ids[rows],
+                    clip_of_body=self.clip_of_body[rows] - clip,
                     labels=self.labels[clips],
                     index=self.index[clips],
-                    seen=None if self.seen is None else self.seen[bodies],
+                    bodies=bodies,
+                    seen=None if self.seen is None else self.seen[rows],
                 )
             )
-            clip, row = clip + count, end
+            clip, row = next_clip, next_row
         return made
+
+
+@dataclass(kw_only=True, slots=True)
+class Draft:
+    """A batch as the host describes it: what its clips, crops and rotations are.
+
+    Attributes:
+        numbers: int64, all that the device needs to know, one part after the other (:meth:`parts`); in pinned memory
+            when it is to be sent to a GPU.
+        shape: number of bodies ``Nb`` and of clips ``N``: they decide the shapes of all that is made from the draft.
+        index: int64 ``[N]`` in host memory, clip index in the data set; None where the draft stands for all of its
+            shape.
+        bodies: int64 ``[N]`` in host memory, rows that each clip will have; None as ``index``.
+        turned: whether there are rotations.
+        frames: float32 ``[R, V, 3]``, the rows that the windows are cut from; None: all frames lie on the device.
+        seen: bool ``[R, V]``, which joints were seen in ``frames``; None: as frames, or all were.
+    """
+
+    numbers: Tensor
+    shape: tuple[int, int]
+    index: Tensor | None
+    bodies: np.ndarray | None
+    turned: bool
+    frames: Tensor | None = None
+    seen: Tensor | None = None
+
+    def parts(self) -> dict[str, Tensor]:
+        """Views of ``numbers``: ``epoch []``; ``start``, ``length``, ``clip_ids``, ``clip_of_body`` ``[Nb]``;
+        ``labels``, ``index`` ``[N]``; ``angles``, float32 ``[Nb, 3]``, where there are any."""
+        views, _ = _parts(self.numbers, *self.shape, self.turned)
+        return views
+
+    def tensors(self) -> list[Tensor | None]:
+        """What lies where the batch is made, in a fixed order."""
+        return [self.numbers, self.frames, self.seen]
+
+    def copy_into(self, other: "Draft") -> None:
+        """Fill the memory of ``other``, a draft of the same shape with as many rows of frames or more."""
+        for source, to in zip(self.tensors(), other.tensors(), strict=True):
+            if source is not None:
+                to[: len(source)].copy_(source, non_blocking=True)
+
+
+def _parts(numbers: Tensor | None, bodies: int, clips: int, turned: bool) -> tuple[dict[str, Tensor], int]:
+    """The views of ``Draft.parts`` (none without ``numbers``), and how long ``numbers`` is."""
+    counts = {"epoch": 1}
+    counts |= dict.fromkeys(("start", "length", "clip_ids", "clip_of_body"), bodies)
+    counts |= dict.fromkeys(("labels", "index"), clips)
+    # Two float32 in an int64.
+    counts |= {"angles": (3 * bodies + 1) // 2} if turned else {}
+    views, at = {}, 0
+    for name, count in counts.items():
+        if numbers is not None:
+            views[name] = numbers[at : at + count]
+        # Each part begins at 16 bytes, for which kernels of any body count are compiled alike.
+        at += count + count % 2
+    if views:
+        views["epoch"] = views["epoch"][0]
+    if views and turned:
+        views["angles"] = views["angles"].view(torch.float32)[: 3 * bodies].view(bodies, 3)
+    return views, at
 
 
 def _whole_tokens(seen: Tensor, t_patch: int) -> Tensor:
@@ -123,6 +191,8 @@ class BodyBatches:
             missing body, as the released code does.
         device: where batches are made and held. On a GPU the frames move there once when they fill less than half of
             its free memory; otherwise each batch's frames are sent from pinned memory.
+        prefetch: batches that a thread is ahead of the one in use; 0 makes each when it is asked for. On the CPU the
+            thread makes them, for a GPU it gathers and sends what they are made from.
         backend: of ``ops.clip_window``.
 
     Raises:
@@ -151,6 +221,7 @@ class BodyBatches:
         min_confidence: float = 0.0,
         empty_bodies: Literal["skip", "keep"] = "skip",
         device: str | torch.device = "cpu",
+        prefetch: int = 2,
         backend: str = "auto",
     ) -> None:
         if batch_size < 1:
@@ -169,6 +240,8 @@ class BodyBatches:
             raise UserError(f"modality must be one of {', '.join(MODALITIES)}, got {modality!r}")
         if not 0 <= min_confidence < 1:
             raise UserError(f"min_confidence must be at least 0 and below 1, got {min_confidence}")
+        if prefetch < 0:
+            raise UserError(f"prefetch must not be negative, got {prefetch}")
         if empty_bodies not in ("skip", "keep"):
             raise UserError(f"empty_bodies must be skip or keep, got {empty_bodies!r}")
         self.ids = torch.as_tensor(ids, dtype=torch.int64, device="cpu")
@@ -186,8 +259,11 @@ class BodyBatches:
         self.crop, self.eval_crop, self.min_length, self.rotation = crop, eval_crop, min_length, rotation
         self.modality, self.empty_bodies, self.backend = modality, empty_bodies, backend
         self.device = torch.device(device)
+        self.prefetch = prefetch
+        self._pinned = self.device.type == "cuda"
         self._lengths, self._clip_bodies = store.lengths.numpy(), store.clip_bodies.numpy()
         self._body_offsets, self._max_bodies = store.body_offsets.numpy(), max(2, store.max_bodies)
+        self._labels = store.labels.numpy()
         self._bone_parents = torch.as_tensor(store.skeleton.bone_parents(), device=self.device)
         self._frames = self._held_frames()
         self._seen = None
@@ -244,7 +320,11 @@ class BodyBatches:
 
     def batch(self, index: Tensor, epoch: int) -> ClipBatch:
         """The batch of the clips ``index``, int64 ``[N]``, as ``epoch`` crops and rotates them."""
-        store, device = self.store, self.device
+        return self.make(self._send(self.draft(index, epoch)))
+
+    def draft(self, index: Tensor, epoch: int) -> Draft:
+        """The draft, in host memory, of the batch of the clips ``index``."""
+        store = self.store
         begin, length = self._windows(index, epoch)
         angles = self.angles(index, epoch)
         clips = index.numpy()
@@ -254,62 +334,134 @@ class BodyBatches:
         body = np.arange(len(clip_of_body)) - (np.cumsum(bodies) - bodies)[clip_of_body]
         row = self._body_offsets[np.minimum(first[clip_of_body] + body, store.num_bodies - 1)]
         there = body < present[clip_of_body]
-        start = torch.from_numpy((row + begin[clip_of_body]) * there)
-        length = torch.from_numpy(length[clip_of_body] * there)
-        positions = torch.from_numpy(clip_of_body)
+        start, length = (row + begin[clip_of_body]) * there, length[clip_of_body] * there
+        frames = seen = None
+        if self._frames is None:
+            start, frames, seen = self._gather(start, length)
 
-        seen = None if self._seen is None else self._window_seen(start, length).to(device)
-        frames = self._frames
-        if frames is None:
-            frames, start = self._send(start, length)
+        turned = angles is not None
+        _, count = _parts(None, len(clip_of_body), len(clips), turned)
+        # Pinned memory comes from torch's store of it, which gives a piece out again when the copy from it is done.
+        draft = Draft(
+            numbers=torch.empty(count, dtype=torch.int64, pin_memory=self._pinned),
+            shape=(len(clip_of_body), len(clips)),
+            index=index,
+            bodies=bodies,
+            turned=turned,
+            frames=frames,
+            seen=seen,
+        )
+        parts = {name: part.numpy() for name, part in draft.parts().items()}
+        parts["epoch"][()], parts["start"][:], parts["length"][:] = epoch, start, length
+        parts["clip_ids"][:], parts["clip_of_body"][:] = clips[clip_of_body] + (body << 32), clip_of_body
+        parts["labels"][:], parts["index"][:] = self._labels[clips], clips
+        if turned:
+            parts["angles"][:] = angles.numpy()[clip_of_body]
+        return draft
+
+    def make(self, draft: Draft) -> ClipBatch:
+        """The batch of a draft that lies on the device. Waits for nothing; a CUDA graph can hold it."""
+        parts = draft.parts()
+        start, length = parts["start"], parts["length"]
+        held = draft.frames is None
+        seen = self._seen if held else draft.seen
         windows = ops.clip_window(
-            frames,
-            start.to(device),
-            length.to(device),
-            None if angles is None else angles[positions].to(device),
+            self._frames if held else draft.frames,
+            start,
+            length,
+            parts.get("angles"),
             window=self.window,
             backend=self.backend,
         )
         return ClipBatch(
             clips=to_modality(windows, self.modality, self._bone_parents),
-            clip_ids=torch.from_numpy(clips[clip_of_body] + (body << 32)).to(device),
-            clip_of_body=positions.to(device),
-            labels=store.labels[index].to(device),
-            index=index.to(device),
-            seen=seen,
+            clip_ids=parts["clip_ids"],
+            clip_of_body=parts["clip_of_body"],
+            labels=parts["labels"],
+            index=parts["index"],
+            bodies=draft.bodies,
+            seen=None if seen is None else self._window_seen(seen, start, length),
         )
 
-    def _window_seen(self, start: Tensor, length: Tensor) -> Tensor:
+    def _window_seen(self, seen: Tensor, start: Tensor, length: Tensor) -> Tensor:
         """``ClipBatch.seen`` of the windows; a body that is not there is zeros to be learned, not a missing one."""
         window = self.window
         # The rows that ops.clip_window mixes, by its formula.
-        source = ((2 * torch.arange(window) + 1) * length[:, None] - window).clamp(min=0)
+        source = ((2 * torch.arange(window, device=seen.device) + 1) * length[:, None] - window).clamp(min=0)
         last = (length[:, None] - 1).clamp(min=0)
         low, high = (torch.minimum(row, last) for row in (source // (2 * window), -(-source // (2 * window))))
-        place = self._seen.device
-        low, high = (self._seen[(start[:, None] + row).to(place)] for row in (low, high))
-        seen = low & high | (length == 0).to(place)[:, None, None]
+        low, high = (seen[start[:, None] + row] for row in (low, high))
+        seen = low & high | (length == 0)[:, None, None]
         if self.modality in ("bone", "bone_motion"):
-            seen = seen & seen[:, :, self._bone_parents.to(seen.device)]
+            seen = seen & seen[:, :, self._bone_parents]
         if self.modality in ("motion", "bone_motion"):
             seen = torch.cat([seen[:, :-1] & seen[:, 1:], seen[:, -1:]], dim=1)
         return seen
 
-    def _send(self, start: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-        """Copy only the rows of these windows to the device; returns them and where each window starts among them."""
-        total = int(length.sum())
-        rows = torch.empty(
-            max(total, 1), *self.store.frames.shape[1:], pin_memory=self.device.type == "cuda", dtype=torch.float32
-        )
-        ends = length.cumsum(0)
-        for source, count, end in zip(start.tolist(), length.tolist(), ends.tolist(), strict=True):
-            rows[end - count : end] = self.store.frames[source : source + count]
-        return rows.to(self.device, non_blocking=True), ends - length
+    def most_rows(self) -> int:
+        """The most frames that the windows of a batch can cover."""
+        clips = self.ids.numpy()
+        rows = np.sort(self._lengths[clips] * self._clip_bodies[clips, 1])
+        return max(1, int(rows[-self.batch_size :].sum()))
 
-    def epoch(self, epoch: int, start: int = 0, every: int = 1) -> Iterator[ClipBatch]:
-        """Each ``every``-th batch of ``epoch`` from batch ``start`` on; skipping costs nothing."""
+    def _gather(self, start: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, Tensor, Tensor | None]:
+        """Where each window starts among the rows of these windows alone; those rows, and where they were seen."""
+        ends = np.cumsum(length)
+        rows = torch.from_numpy(np.repeat(start - (ends - length), length) + np.arange(length.sum()))
+
+        def gathered(table: Tensor) -> Tensor:
+            # Never empty: a window without frames still looks at a row.
+            found = table.new_empty(max(len(rows), 1), *table.shape[1:], pin_memory=self._pinned)
+            torch.index_select(table, 0, rows, out=found[: len(rows)])
+            return found
+
+        frames = gathered(self.store.frames)
+        return (ends - length) * (length > 0), frames, None if self._seen is None else gathered(self._seen)
+
+    def _send(self, draft: Draft) -> Draft:
+        """The draft on the device; the host does not wait for the copies."""
+        if not self._pinned:
+            return draft
+        numbers, frames, seen = (
+            None if tensor is None else tensor.to(self.device, non_blocking=True) for tensor in draft.tensors()
+        )
+        return dataclasses.replace(draft, numbers=numbers, frames=frames, seen=seen)
+
+    def _indices(self, epoch: int, start: int, every: int) -> Iterator[Tensor]:
         order = self.order(epoch)
         part, parts = self.part
         for number in range(start, len(self), every):
-            index = order[number * self.batch_size : (number + 1) * self.batch_size]
-            yield self.batch(index.tensor_split(parts)[part], epoch)
+            yield order[number * self.batch_size : (number + 1) * self.batch_size].tensor_split(parts)[part]
+
+    def drafts(self, epoch: int, start: int = 0, every: int = 1) -> Iterator[Draft]:
+        """The drafts, on the device, of each ``every``-th batch of ``epoch`` from batch ``start`` on."""
+        if not self._pinned:
+            yield from ahead((self.draft(index, epoch) for index in self._indices(epoch, start, every)), self.prefetch)
+            return
+        copies = torch.cuda.Stream(self.device)
+
+        def sent() -> Iterator[tuple[Draft, torch.cuda.Event]]:
+            for index in self._indices(epoch, start, every):
+                # Which device and stream are current is a matter of the thread.
+                with torch.cuda.stream(copies):
+                    draft = self._send(self.draft(index, epoch))
+                yield draft, copies.record_event()
+
+        with contextlib.closing(ahead(sent(), self.prefetch)) as found:
+            for draft, arrived in found:
+                now = torch.cuda.current_stream(self.device)
+                now.wait_event(arrived)
+                for tensor in draft.tensors():
+                    if tensor is not None:
+                        tensor.record_stream(now)
+                yield draft
+
+    def epoch(self, epoch: int, start: int = 0, every: int = 1) -> Iterator[ClipBatch]:
+        """Each ``every``-th batch of ``epoch`` from batch ``start`` on; skipping costs nothing."""
+        if self._pinned:
+            with contextlib.closing(self.drafts(epoch, start, every)) as drafts:
+                for draft in drafts:
+                    yield self.make(draft)
+        else:
+            made = (self.batch(index, epoch) for index in self._indices(epoch, start, every))
+            yield from ahead(made, self.prefetch)

@@ -1,5 +1,7 @@
 """Argument checks shared by the ops: one form for every complaint, "NAME must be WHAT, got THIS"."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -20,10 +22,13 @@ def describe(value: object) -> str:
     return repr(value)
 
 
-def require(condition: bool, name: str, expected: str, got: object) -> None:
-    """Raise ``ValueError("name must be expected, got ...")`` unless ``condition``."""
+def require(condition: bool, name: str, expected: str | Callable[[], str], got: object) -> None:
+    """Raise ``ValueError("name must be expected, got ...")`` unless ``condition``.
+
+    Words that tell a size are given as a function: a compiler takes a size that has become text for a constant.
+    """
     if not condition:
-        raise ValueError(f"{name} must be {expected}, got {describe(got)}")
+        raise ValueError(f"{name} must be {expected if isinstance(expected, str) else expected()}, got {describe(got)}")
 
 
 def floating(name: str, tensor: object, shape: str, dims: int) -> None:
@@ -41,7 +46,7 @@ def integer(name: str, tensor: object, shape: str, dims: int) -> None:
 def boolean(name: str, tensor: object, shape: tuple[int, ...]) -> None:
     """A bool tensor of exactly ``shape``."""
     ok = isinstance(tensor, Tensor) and tensor.dtype == torch.bool and tensor.shape == shape
-    require(ok, name, f"bool {list(shape)}", tensor)
+    require(ok, name, lambda: f"bool {list(shape)}", tensor)
 
 
 def same_device(**tensors: Tensor | None) -> None:

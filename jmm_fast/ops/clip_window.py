@@ -52,10 +52,10 @@ def clip_window(
     checks.require(frames.shape[2] == 3, "frames", "floating [F,V,3]", frames)
     checks.integer("start", start, "[B]", 1)
     checks.integer("length", length, "[B]", 1)
-    checks.require(start.shape == length.shape, "length", f"int [{start.shape[0]}] as start is", length)
+    checks.require(start.shape == length.shape, "length", lambda: f"int [{start.shape[0]}] as start is", length)
     if angles is not None:
         checks.floating("angles", angles, "[B,3]", 2)
-        checks.require(angles.shape == (start.shape[0], 3), "angles", f"floating [{start.shape[0]}, 3]", angles)
+        checks.require(angles.shape == (start.shape[0], 3), "angles", lambda: f"floating [{start.shape[0]}, 3]", angles)
     checks.require(isinstance(window, int) and window >= 1, "window", "a positive integer", window)
     checks.same_device(frames=frames, start=start, length=length, angles=angles)
     refusal = None if frames.dtype == torch.float32 else f"frames must be float32, got {checks.describe(frames)}"

@@ -76,7 +76,7 @@ def motion_loss(
     checks.require(
         prediction.shape == (bodies, count, t_patch * channels) and count <= tokens,
         "prediction",
-        f"floating [{bodies}, {tokens}, {t_patch * channels}], or of the masked tokens alone",
+        lambda: f"floating [{bodies}, {tokens}, {t_patch * channels}], or of the masked tokens alone",
         prediction,
     )
     checks.boolean("mask", mask, (bodies, tokens))

@@ -16,17 +16,20 @@ MOST_TOKENS = 4096
 
 library.define(
     "motion_mask(Tensor clips, float mask_ratio, float tau, int t_patch, str variant, float? gate, Tensor? uniform, "
-    "SymInt seed, SymInt epoch, Tensor? clip_ids, str backend, Tensor? valid=None) -> (Tensor, Tensor, Tensor, Tensor)"
+    "SymInt seed, SymInt epoch, Tensor? clip_ids, str backend, Tensor? valid=None, Tensor? epoch_at=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 # What the extensions serve, called inside the op above: compilers see that one alone. The last result on the CPU counts
 # the bodies whose set was settled in double precision.
 library.define(
     "motion_mask_cpu(Tensor clips, int kept, float tau, int t_patch, int variant, float gate, Tensor? uniform, "
-    "int seed, int epoch, Tensor? clip_ids, Tensor? valid=None) -> (Tensor, Tensor, Tensor, Tensor, int)"
+    "int seed, int epoch, Tensor? clip_ids, Tensor? valid=None, Tensor? epoch_at=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor, int)"
 )
 library.define(
     "motion_mask_cuda(Tensor clips, int kept, float tau, int t_patch, int variant, float gate, Tensor? uniform, "
-    "int seed, int epoch, Tensor? clip_ids, Tensor? valid=None) -> (Tensor, Tensor, Tensor, Tensor)"
+    "int seed, int epoch, Tensor? clip_ids, Tensor? valid=None, Tensor? epoch_at=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -56,7 +59,7 @@ def motion_mask(
     gate: float | None = None,
     uniform: Tensor | None = None,
     seed: int = 0,
-    epoch: int = 0,
+    epoch: int | Tensor = 0,
     clip_ids: Tensor | None = None,
     valid: Tensor | None = None,
     backend: str = "auto",
@@ -92,7 +95,8 @@ def motion_mask(
         gate: ``g`` in [0, 1] of variant ``paper``; None means 0.5. Other variants have no gate.
         uniform: floating ``[B,L]`` in [0, 1): draws to use instead of Philox's.
         seed, epoch, clip_ids: name the Philox draws (``jmm_fast.reference.uniform``); ``clip_ids`` int ``[B]`` is the
-            clip's index in the dataset plus ``body << 32``, and None means ``0..B-1``.
+            clip's index in the dataset plus ``body << 32``, and None means ``0..B-1``. An ``epoch`` that is an int64
+            tensor ``[]`` is read by the kernel, where a number would be part of a captured CUDA graph.
         valid: bool ``[B,L]``, True where a token was seen in all of its frames; None: all were. All True gives what
             None gives, bit for bit.
         backend: see ``jmm_fast.backends()``. ``"cpu"`` and ``"cuda"`` take float32, bfloat16 or float16 clips and
@@ -126,13 +130,19 @@ def motion_mask(
         checks.require(0 <= gate <= 1, "gate", "in [0, 1]", gate)
     if uniform is not None:
         checks.floating("uniform", uniform, "[B,L]", 2)
-        checks.require(uniform.shape == (clips.shape[0], tokens), "uniform", f"[{clips.shape[0]}, {tokens}]", uniform)
+        checks.require(
+            uniform.shape == (clips.shape[0], tokens), "uniform", lambda: f"[{clips.shape[0]}, {tokens}]", uniform
+        )
     if clip_ids is not None:
         checks.integer("clip_ids", clip_ids, "[B]", 1)
-        checks.require(clip_ids.shape[0] == clips.shape[0], "clip_ids", f"int [{clips.shape[0]}]", clip_ids)
+        checks.require(clip_ids.shape[0] == clips.shape[0], "clip_ids", lambda: f"int [{clips.shape[0]}]", clip_ids)
     if valid is not None:
         checks.boolean("valid", valid, (clips.shape[0], tokens))
-    checks.same_device(clips=clips, uniform=uniform, clip_ids=clip_ids, valid=valid)
+    epoch_at = None
+    if isinstance(epoch, Tensor):
+        checks.require(epoch.dtype == torch.int64 and not epoch.dim(), "epoch", "an integer or int64 []", epoch)
+        epoch, epoch_at = 0, epoch
+    checks.same_device(clips=clips, uniform=uniform, clip_ids=clip_ids, valid=valid, epoch=epoch_at)
     refusal = next(
         (
             f"{name} must be float32, bfloat16 or float16, got {checks.describe(tensor)}"
@@ -147,7 +157,7 @@ def motion_mask(
     backend = choose("motion_mask", backend, clips, refusal, gpu_refusal)
     return MotionMask(
         *torch.ops.jmm_fast.motion_mask(
-            clips, mask_ratio, tau, t_patch, variant, gate, uniform, seed, epoch, clip_ids, backend, valid
+            clips, mask_ratio, tau, t_patch, variant, gate, uniform, seed, epoch, clip_ids, backend, valid, epoch_at
         )
     )
 
@@ -166,6 +176,7 @@ def _run(
     clip_ids: Tensor | None,
     backend: str,
     valid: Tensor | None = None,
+    epoch_at: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if backend in ("cpu", "cuda"):
         kernel = torch.ops.jmm_fast.motion_mask_cpu if backend == "cpu" else torch.ops.jmm_fast.motion_mask_cuda
@@ -181,6 +192,7 @@ def _run(
             epoch,
             None if clip_ids is None else clip_ids.long(),
             valid,
+            epoch_at,
         )
         return visible, mask, restore, probability
     return reference.motion_mask(
@@ -192,7 +204,7 @@ def _run(
         gate=gate,
         uniform_draws=uniform,
         seed=seed,
-        epoch=epoch,
+        epoch=epoch if epoch_at is None else epoch_at,
         clip_ids=clip_ids,
         valid=valid,
     )
@@ -212,6 +224,7 @@ def _fake(
     clip_ids: Tensor | None,
     backend: str,
     valid: Tensor | None = None,
+    epoch_at: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bodies, frames, joints, _ = clips.shape
     tokens = frames // t_patch * joints

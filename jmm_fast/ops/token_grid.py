@@ -58,7 +58,7 @@ def token_grid_gather(clips: Tensor, visible: Tensor, *, t_patch: int = 4, backe
         "int64 [B,K]",
         visible,
     )
-    checks.require(visible.shape[0] == clips.shape[0], "visible", f"int64 [{clips.shape[0]},K]", visible)
+    checks.require(visible.shape[0] == clips.shape[0], "visible", lambda: f"int64 [{clips.shape[0]},K]", visible)
     checks.same_device(clips=clips, visible=visible)
     backend = choose("token_grid", backend, clips, *_refusals(clips=clips))
     if backend in ("cpu", "triton"):
@@ -106,7 +106,7 @@ def token_grid_scatter(
         and restore.shape[0] == tokens.shape[0]
         and restore.shape[1] >= tokens.shape[1],
         "restore",
-        f"int64 [{tokens.shape[0]},L] with L >= {tokens.shape[1]}",
+        lambda: f"int64 [{tokens.shape[0]},L] with L >= {tokens.shape[1]}",
         restore,
     )
     checks.floating("mask_token", mask_token, f"[{dim}]", 1)

@@ -72,7 +72,7 @@ def topology_attention(
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         checks.floating(name, tensor, "[B,H,N,D]", 4)
         checks.require(
-            tensor.shape == q.shape and tensor.dtype == q.dtype, name, f"{checks.describe(q)} as q is", tensor
+            tensor.shape == q.shape and tensor.dtype == q.dtype, name, lambda: f"{checks.describe(q)} as q is", tensor
         )
     checks.require(mode in MODES, "mode", '"add" or "scale"', mode)
     bodies, heads, length, dim = q.shape
@@ -88,7 +88,7 @@ def topology_attention(
             and joints.dtype in (torch.int64, torch.int32)
             and joints.shape in ((length,), (bodies, length))
         )
-        checks.require(fits, "joints", f"int [N] or [B,N] with N={length}, B={bodies}", joints)
+        checks.require(fits, "joints", lambda: f"int [N] or [B,N] with N={length}, B={bodies}", joints)
     checks.same_device(q=q, k=k, v=v, table=table, joints=joints)
     if table is None:
         joints = None

@@ -51,7 +51,7 @@ def motion_mask(
     gate: float | None = None,
     uniform_draws: Tensor | None = None,
     seed: int = 0,
-    epoch: int = 0,
+    epoch: int | Tensor = 0,
     clip_ids: Tensor | None = None,
     valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -43,7 +43,7 @@ def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
     return torch.stack(torch.broadcast_tensors(x0, x1, x2, x3), dim=-1)
 
 
-def uniform(seed: int, purpose: int, clip_ids: Tensor, epoch: int, count: int) -> Tensor:
+def uniform(seed: int, purpose: int, clip_ids: Tensor, epoch: int | Tensor, count: int) -> Tensor:
     """``count`` numbers in [0, 1) for each clip: the 24 high bits of each Philox word over 2^24.
 
     Key = the 64-bit seed. Counter = (block of four numbers, purpose, clip index, epoch).
@@ -54,7 +54,7 @@ def uniform(seed: int, purpose: int, clip_ids: Tensor, epoch: int, count: int) -
         clip_ids: int64 ``[B]``; the low 32 bits are the clip's index in its dataset, the high bits the body's number,
             which joins the purpose word. Bodies of a clip thus draw different masks, and share what is drawn for the
             plain clip index.
-        epoch: 32-bit integer.
+        epoch: 32-bit integer, or an int64 tensor ``[]`` that holds it.
         count: how many numbers for each clip.
 
     Returns:
@@ -65,7 +65,11 @@ def uniform(seed: int, purpose: int, clip_ids: Tensor, epoch: int, count: int) -
     clip_ids = clip_ids.to(torch.int64)[:, None]
     clip = clip_ids & _WORD
     word = (purpose + (((clip_ids >> 32) & 0xFFFFFF) << 8)) & _WORD
-    counter = torch.stack(torch.broadcast_tensors(block, word, clip, torch.full_like(clip, epoch & _WORD)), dim=-1)
-    key = torch.tensor([seed & _WORD, (seed >> 32) & _WORD], dtype=torch.int64, device=clip_ids.device)
+    epoch = torch.zeros_like(clip) + (epoch & _WORD)
+    counter = torch.stack(torch.broadcast_tensors(block, word, clip, epoch), dim=-1)
+    # Filled on the device: numbers copied from the host would make it wait, and cannot be part of a CUDA graph.
+    key = torch.stack(
+        [torch.full((), half & _WORD, dtype=torch.int64, device=clip_ids.device) for half in (seed, seed >> 32)]
+    )
     words = philox4x32(counter, key).flatten(1)[:, :count]
     return (words >> 8).to(torch.float32) * 2.0**-24

@@ -188,6 +188,13 @@ class RunConfig:
     """cpu, cuda, cuda:1, ...; auto takes the GPU when there is one."""
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
     """Backend of the ops; see jmm-fast doctor."""
+    compile: bool = False
+    """Compile mask, forward pass and loss of pretraining by torch.compile."""
+    graph: Literal["auto", "on", "off"] = "auto"
+    """Capture the steps of pretraining as CUDA graphs, the same weights in less of the host's time. auto: wherever it
+    can be, which is on a GPU, in a single process, with optim.accumulate 1."""
+    prefetch: int = 2
+    """Batches that are made ahead, by a thread (0: none)."""
     log_every: int = 10
     """Steps between lines of metrics."""
     checkpoint_every: int = 500
@@ -218,6 +225,8 @@ class RunConfig:
 # What may differ between a run and its resumption: none of it changes the weights that a checkpoint can hold.
 FREE_ON_RESUME = (
     "device",
+    "graph",
+    "prefetch",
     "log_every",
     "checkpoint_every",
     "keep",
@@ -330,6 +339,7 @@ def check_config(config: RunConfig) -> None:
         _expect(value >= 2, name, value, "at least 2")
     for name, value in {
         "probe_every": config.probe_every,
+        "prefetch": config.prefetch,
         "probe.augment_views": config.probe.augment_views,
         "finetune.eval_every": fine.eval_every,
     }.items():

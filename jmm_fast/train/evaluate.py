@@ -177,6 +177,7 @@ def batches(
         min_confidence=data.min_confidence,
         empty_bodies=data.empty_bodies,
         device=device,
+        prefetch=config.prefetch,
         backend=config.backend,
     )
 

@@ -20,17 +20,20 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from jmm_fast.data import Draft
 from jmm_fast.errors import SharedError
+from jmm_fast.memory import peak_bytes
 from jmm_fast.progress import Progress
 from jmm_fast.train import checkpoint, distributed, sharding
 from jmm_fast.train.config import FinetuneConfig, OptimConfig, RunConfig
+from jmm_fast.train.graph import Capture, StepGraphs, draws
 from jmm_fast.train.ledger import Ledger, Step
 from jmm_fast.train.metrics import Metrics
-from jmm_fast.train.optim import set_learning_rate
+from jmm_fast.train.optim import keep_rates_in_memory, set_learning_rate
 from jmm_fast.train.schedule import learning_rate
-from jmm_fast.train.trace import Trace, named
+from jmm_fast.train.trace import Named, Trace
 
-PARTS = ("data", "forward", "backward", "update", "save and log")
+PARTS = ("data wait", "forward", "backward", "update", "graph", "save and log")
 
 
 class Stopped(KeyboardInterrupt):
@@ -122,6 +125,22 @@ def train_step(
     """
     torch.manual_seed(step_seed(seed, step))
     set_learning_rate(optimizer, rate)
+    return _compute(
+        loss_of, optimizer, device=device, dtype=dtype, clip_grad=clip_grad, gradients=gradients, buffers=buffers
+    )
+
+
+def _compute(
+    loss_of: Callable[[], Tensor],
+    optimizer: torch.optim.Optimizer,
+    *,
+    device: torch.device,
+    dtype: str,
+    clip_grad: float | None,
+    gradients: Callable[[Callable], Tensor] | None = None,
+    buffers: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor]:
+    """What :func:`train_step` does on the device: a CUDA graph can hold it."""
     before = [buffer.clone() for buffer in buffers]
     optimizer.zero_grad(set_to_none=True)
     if gradients is not None:
@@ -159,6 +178,7 @@ def fit(
     resume: bool = False,
     profile: bool = False,
     after_epoch: Callable[[int], dict] | None = None,
+    capture: Capture | None = None,
     say: Callable[[str], None] = print,
 ) -> float:
     """Train ``model`` for ``config.epochs``, leaving ``metrics.jsonl`` and ``checkpoints/`` in ``folder``.
@@ -170,11 +190,14 @@ def fit(
     Args:
         batches: ``len(batches)`` steps an epoch; ``batches.epoch(e, start)`` iterates over the batches of epoch ``e``
             from number ``start`` on; of several processes, over this one's part of each.
-        loss_of: ``(batch, epoch) -> (loss, weight)``, the mean over ``weight`` terms; called in training mode.
+        loss_of: ``(batch, epoch) -> (loss, weight)``, the mean over ``weight`` terms; called in training mode. In a
+            captured step ``epoch`` is a tensor.
         fingerprint: of the data; a run is not continued on other data.
         resume: continue from the newest whole checkpoint of ``folder``, if there is one.
         profile: write where the time of a few steps goes to ``profile/``.
         after_epoch: called with the number of finished epochs; the numbers that it returns go to the metrics.
+        capture: captures steps (:class:`jmm_fast.train.graph.StepGraphs`) of a model that draws nothing at random, for
+            which ``batches`` has drafts; None: steps are not captured.
 
     Returns:
         Seconds of training, over all launches.
@@ -220,11 +243,12 @@ def fit(
         say("no checkpoint yet: starting from the beginning")
 
     first = distributed.is_first()
+    take, items = _steps(model, optimizer, batches, loss_of, config, device, shared, capture, say)
+    waited = Named("data wait")
     began = time.monotonic() - seconds
-    logged = time.monotonic()
+    logged, logged_wait, memory, peak = time.monotonic(), 0.0, 0, ""
     logged_samples = 0
     exchange = distributed.Exchange()
-    buffers = [value for value in model.state_dict(keep_vars=True).values() if not isinstance(value, nn.Parameter)]
     metrics = Metrics(folder, step, written=first)
     try:
         with (
@@ -235,7 +259,7 @@ def fit(
         ):
             for epoch in range(step // per_epoch, config.epochs):
                 model.train()
-                for batch in named("data", batches.epoch(epoch, start=step % per_epoch)):
+                for batch in waited.of(items(epoch, start=step % per_epoch)):
                     rate = learning_rate(
                         step / per_epoch,
                         lr=config.optim.lr,
@@ -243,18 +267,7 @@ def fit(
                         warmup_epochs=config.warmup_epochs,
                         epochs=config.epochs,
                     )
-                    loss, norm = train_step(
-                        lambda batch=batch, epoch=epoch: loss_of(batch, epoch)[0],
-                        optimizer,
-                        device=device,
-                        rate=rate,
-                        seed=config.seed,
-                        step=step,
-                        dtype=config.dtype,
-                        clip_grad=config.optim.clip_grad,
-                        gradients=None if shared is None else functools.partial(shared.backward, batch, epoch),
-                        buffers=buffers,
-                    )
+                    loss, norm = take(batch, epoch, rate, step)
                     ledger.add(Step(step=step, epoch=epoch, rate=rate, index=batch.index, loss=loss, norm=norm))
                     step += 1
                     logs = step % config.log_every == 0 or step == total
@@ -266,7 +279,10 @@ def fit(
                         if logs or saves:
                             ledger.read()
                         last = "" if ledger.state["loss"] is None else f"  loss {ledger.state['loss']:.4f}"
-                        progress.advance(samples, f"epoch {epoch + 1}/{config.epochs}{last}")
+                        if logs:
+                            memory = peak_memory(device)
+                            peak = f"  peak {memory / 2**30:.2f} GiB"
+                        progress.advance(samples, f"epoch {epoch + 1}/{config.epochs}{last}{peak}")
                         if logs:
                             now = time.monotonic()
                             mean = ledger.mean("log")
@@ -279,10 +295,12 @@ def fit(
                                     lr=rate,
                                     samples_per_s=logged_samples / max(now - logged, 1e-9),
                                     grad_norm=ledger.state["norm"],
+                                    data_wait=(waited.seconds - logged_wait) / max(now - logged, 1e-9),
+                                    peak_memory=memory,
                                     **({"skipped": ledger.state["skipped"]} if ledger.state["skipped"] else {}),
                                     time=now - began,
                                 )
-                            logged, logged_samples = now, 0
+                            logged, logged_samples, logged_wait = now, 0, waited.seconds
                         if step % per_epoch == 0:
                             mean = ledger.mean("epoch")
                             values = {} if mean is None else {"loss": mean}
@@ -309,6 +327,56 @@ def fit(
     finally:
         metrics.close()
     return seconds
+
+
+def _steps(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches,
+    loss_of: Callable[[object, int | Tensor], tuple[Tensor, Tensor | int]],
+    config: LoopConfig,
+    device: torch.device,
+    shared: distributed.Shared | None,
+    capture: Capture | None,
+    say: Callable[[str], None],
+) -> tuple[Callable[[object, int, float, int], tuple[Tensor, Tensor]], Callable]:
+    """How a step is taken, ``(batch, epoch, rate, step) -> (loss, norm)``, and where its batches come from."""
+    buffers = [value for value in model.state_dict(keep_vars=True).values() if not isinstance(value, nn.Parameter)]
+    how = {"device": device, "dtype": config.dtype, "clip_grad": config.optim.clip_grad, "buffers": buffers}
+
+    def take(batch, epoch: int, rate: float, step: int) -> tuple[Tensor, Tensor]:
+        return train_step(
+            lambda: loss_of(batch, epoch)[0],
+            optimizer,
+            rate=rate,
+            seed=config.seed,
+            step=step,
+            gradients=None if shared is None else functools.partial(shared.backward, batch, epoch),
+            **how,
+        )
+
+    if capture is None:
+        return take, batches.epoch
+    assert shared is None and not draws(model), "such steps cannot be captured"
+
+    def compute(draft: Draft) -> tuple[Tensor, Tensor]:
+        return _compute(lambda: loss_of(batches.make(draft), draft.parts()["epoch"])[0], optimizer, **how)
+
+    graphs = StepGraphs(compute, capture, rows=batches.most_rows(), say=say)
+    keep_rates_in_memory(optimizer)
+
+    def take_captured(draft: Draft, _epoch: int, rate: float, _step: int) -> tuple[Tensor, Tensor]:
+        # Nothing in it draws from torch's generators, so there is nothing to seed.
+        set_learning_rate(optimizer, rate)
+        with record_function("graph"):
+            return graphs(draft)
+
+    return take_captured, batches.drafts
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors took on the GPU, or that the process took, so far."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_bytes()
 
 
 class _Signals:

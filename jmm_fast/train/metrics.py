@@ -8,6 +8,9 @@ from pathlib import Path
 from jmm_fast.errors import UserError
 from jmm_fast.files import atomic_write_text
 
+MEASURED = ("time", "samples_per_s", "data_wait", "peak_memory")
+"""Values of a line that another launch of the same run measures anew; all others it computes again."""
+
 
 def cut_after(path: Path, step: int) -> None:
     """Drop the lines of ``path`` that belong to steps after ``step``, and a last line that was cut short.

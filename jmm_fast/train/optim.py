@@ -1,5 +1,6 @@
 """AdamW parameter groups: what decays, and how fast each layer learns."""
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -52,6 +53,17 @@ def adamw(module: nn.Module, config: OptimConfig, *, layers: dict[str, int] | No
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give each group ``rate`` times its scale."""
+    """Give each group ``rate`` times its scale, rounded to float32: the same wherever it is kept."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("scale", 1.0)
+        value = float(np.float32(rate * group.get("scale", 1.0)))
+        if isinstance(group["lr"], torch.Tensor):
+            # A kernel's argument: nothing is copied from the host.
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
+
+
+def keep_rates_in_memory(optimizer: torch.optim.Optimizer) -> None:
+    """Have the kernel of the update read the learning rates from the device, where a captured step finds new ones."""
+    for group in optimizer.param_groups:
+        group["lr"] = torch.full((), group["lr"], dtype=torch.float32, device=group["params"][0].device)

@@ -11,10 +11,10 @@ import torch
 
 from jmm_fast import ops
 from jmm_fast import skeleton as layouts
-from jmm_fast.data import ClipStore, Split
+from jmm_fast.data import ClipBatch, ClipStore, Split
 from jmm_fast.errors import SharedError, UserError
 from jmm_fast.models import JMMTGT, ModelConfig
-from jmm_fast.train import distributed, environment, sharding
+from jmm_fast.train import distributed, environment, graph, sharding
 from jmm_fast.train.config import FREE_ON_RESUME, RunConfig, check_unchanged, load_config, to_dict
 from jmm_fast.train.evaluate import batches, check_joints, open_data, record_start
 from jmm_fast.train.knn import knn_score
@@ -82,6 +82,7 @@ def pretrain(
     config = dataclasses.replace(config, model=_with_layout(config.model, store))
     check_joints(config, store)
     distributed.check_batch("data.batch_size", config.data.batch_size, config.optim.accumulate)
+    captured = graph.wanted(config.graph, device, config.optim.accumulate)
     check = functools.partial(_check_folder, out, config, resume=resume, overwrite=overwrite)
     distributed.from_first(check)
     with distributed.holding(out):
@@ -89,7 +90,7 @@ def pretrain(
         distributed.from_first(check)
         if overwrite:
             distributed.from_first(lambda: _remove(out))
-        _train(config, store, split, device, out, resume=resume, profile=profile, say=say)
+        _train(config, store, split, device, out, captured=captured, resume=resume, profile=profile, say=say)
     return out
 
 
@@ -100,6 +101,7 @@ def _train(
     device: torch.device,
     out: Path,
     *,
+    captured: bool,
     resume: bool,
     profile: bool,
     say: Callable[[str], None],
@@ -119,9 +121,9 @@ def _train(
         drop_last=len(split.train) > config.data.batch_size,
     )
 
-    def loss_of(batch, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def objective(clips, clip_ids, valid, known, epoch) -> tuple[torch.Tensor, torch.Tensor]:
         mask = ops.motion_mask(
-            batch.clips,
+            clips,
             mask_ratio=config.mask.mask_ratio,
             tau=config.mask.tau,
             t_patch=config.model.t_patch,
@@ -129,14 +131,13 @@ def _train(
             gate=config.mask.gate,
             seed=config.seed,
             epoch=epoch,
-            clip_ids=batch.clip_ids,
-            valid=batch.valid(config.model.t_patch),
+            clip_ids=clip_ids,
+            valid=valid,
             backend=config.backend,
         )
-        known = batch.predictable(config.model.t_patch, config.loss.stride)
         loss = ops.motion_loss(
-            model(batch.clips, mask, masked_only=config.backend != "reference").float(),
-            batch.clips,
+            model(clips, mask, masked_only=config.backend != "reference").float(),
+            clips,
             mask.mask,
             t_patch=config.model.t_patch,
             stride=config.loss.stride,
@@ -145,6 +146,13 @@ def _train(
             backend=config.backend,
         )
         return loss, (mask.mask if known is None else mask.mask & known).sum()
+
+    if config.compile:
+        objective = torch.compile(objective, fullgraph=True)
+
+    def loss_of(batch: ClipBatch, epoch: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        size, stride = config.model.t_patch, config.loss.stride
+        return objective(batch.clips, batch.clip_ids, batch.valid(size), batch.predictable(size, stride), epoch)
 
     def after_epoch(done: int) -> dict:
         if not config.probe_every or done % config.probe_every:
@@ -174,6 +182,7 @@ def _train(
         resume=resume,
         profile=profile,
         after_epoch=after_epoch,
+        capture=graph.CudaGraphs(device, optimizer, strict=config.graph == "on") if captured else None,
         say=say,
     )
     trained = sharding.whole_model(model)

@@ -1,6 +1,7 @@
 """Where a step's time goes: what ``--profile`` leaves in a run."""
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -9,6 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from jmm_fast.files import atomic_path, atomic_write_text
+from jmm_fast.memory import peak_bytes
 
 # The first steps allocate memory and choose kernels; a few more say as much as many.
 UNTIMED, TIMED = 3, 5
@@ -16,15 +18,27 @@ UNTIMED, TIMED = 3, 5
 Item = TypeVar("Item")
 
 
-def named(name: str, items: Iterable[Item]) -> Iterator[Item]:
-    """``items``, the making of each under ``name`` in a profile."""
-    iterator = iter(items)
-    while True:
-        with record_function(name):
-            item = next(iterator, iterator)
-        if item is iterator:
-            return
-        yield item
+class Named:
+    """Items of iterators, waited for under ``name`` in a profile.
+
+    Attributes:
+        seconds: the host's, spent waiting for items.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.seconds = 0.0
+
+    def of(self, items: Iterable[Item]) -> Iterator[Item]:
+        iterator = iter(items)
+        while True:
+            began = time.perf_counter()
+            with record_function(self.name):
+                item = next(iterator, iterator)
+            self.seconds += time.perf_counter() - began
+            if item is iterator:
+                return
+            yield item
 
 
 class Trace:
@@ -80,5 +94,12 @@ class Trace:
         rows["rest"] = whole - sum(rows.values())
         lines = [f"{TIMED} steps on {self.device}, {whole:.2f} ms each", "", f"{'part':<12}{'ms':>10}{'share':>9}"]
         lines += [f"{name:<12}{spent:>10.2f}{spent / whole:>9.1%}" for name, spent in rows.items()]
+        lines += ["", self._memory()]
         key = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
         return "\n".join([*lines, "", averages.table(sort_by=key, row_limit=30), ""])
+
+    def _memory(self) -> str:
+        if self.device.type != "cuda":
+            return f"peak memory of the process: {peak_bytes() / 2**20:.0f} MiB"
+        held, peak = torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
+        return f"peak memory of tensors: {peak / 2**20:.0f} MiB, {(peak - held) / 2**20:.0f} of it within a step"

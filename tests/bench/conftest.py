@@ -15,7 +15,7 @@ TINY = {
         "gpu_encoder": {"bodies": 2, "tokens": 11},
     },
     "motion_mask": {name: {"bodies": 2, "frames": 16} for name in ("b96", "b96_paper", "b8", "gpu_b1024")},
-    "clip_window": {"ntu48": {"clips": 3, "window": 16}},
+    "clip_window": {name: {"clips": 3, "window": 16} for name in ("ntu48", "gpu_ntu512")},
     "motion_loss": {name: {"bodies": 2, "frames": 16} for name in ("full", "masked", "gpu_masked")},
     "token_grid": {
         "gather": {"bodies": 2, "frames": 16, "visible": 9},
@@ -26,7 +26,7 @@ TINY = {
         "decoder": {"bodies": 2, "tokens": 50, "width": 32, "heads": 2},
         "encoder": {"bodies": 2, "tokens": 11, "width": 32, "heads": 2},
     },
-    "feeder": {"ntu48": {"clips": 3, "window": 16}},
+    "feeder": {name: {"clips": 3, "window": 16} for name in ("ntu48", "gpu_ntu48")},
     "step": {"released": {"recipe": "demo", "bodies": 2}, "small": {"recipe": "demo", "bodies": 2}},
 }
 

@@ -17,7 +17,7 @@ from jmm_fast.bench.case import BACKENDS, Case
 from jmm_fast.bench.inputs import clip_lengths, moving_clips
 from jmm_fast.bench.limits import UNITS, limits
 from jmm_fast.bench.memory import MemoryOfCaseError, peak_bytes, peak_memory
-from jmm_fast.bench.numpy_feeder import FEEDERS, dense_sample
+from jmm_fast.bench.numpy_feeder import FEEDERS, dense_sample, fed_by_workers, feed
 from jmm_fast.bench.rows import CONTENDERS, ROWS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,6 +150,19 @@ def test_flex_computes_the_same(monkeypatch, joints_of):
     joints = torch.arange(30) % 25 if joints_of == "grid" else torch.randint(0, 25, (2, 30))
     expected = ops.topology_attention(q, k, v, table, joints, backend="reference")
     torch.testing.assert_close(attention.flex(q, k, v, table, joints), expected)
+
+
+def test_processes_feed_what_one_does():
+    samples = [dense_sample(moving_clips(2, frames).numpy() + 1) for frames in (40, 90)]
+    fed = fed_by_workers(samples, "numpy", 16, 2, pin_memory=False)
+    draws = [np.random.default_rng(worker) for worker in (0, 1)]
+    for number in range(6):
+        torch.manual_seed(0)  # the angles are torch's, of each process
+        expected = feed(samples, "numpy", 16, draws[number % 2])
+        found = next(fed)
+        assert found.shape == expected.shape == (4, 16, 25, 3)
+        # Turned by other angles: the distances to the origin are the same.
+        torch.testing.assert_close(found.norm(dim=-1), expected.norm(dim=-1))
 
 
 @pytest.mark.parametrize("feeder", FEEDERS)

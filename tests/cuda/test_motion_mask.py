@@ -27,6 +27,7 @@ class Problem(ctypes.Structure):
         ("epoch", c_uint64),
         ("clip_ids", c_void_p),
         ("valid", c_void_p),
+        ("epoch_at", c_void_p),
     ]
 
 
@@ -59,11 +60,13 @@ def draw(kernel):
         bodies, frames, joints, coordinates = clips.shape
         tokens = frames // t_patch * joints
         kept = reference.num_visible(tokens, mask_ratio)
-        held = [None if x is None else x.contiguous() for x in (uniform, clip_ids, valid)]
-        uniform_at, ids_at, valid_at = (None if x is None else x.data_ptr() for x in held)
+        epoch, epoch_at = (0, epoch) if isinstance(epoch, torch.Tensor) else (epoch, None)
+        held = [None if x is None else x.contiguous() for x in (uniform, clip_ids, valid, epoch_at)]
+        uniform_at, ids_at, valid_at, epoch_at = (None if x is None else x.data_ptr() for x in held)
         problem = Problem(
             *(clips.data_ptr(), *clips.stride(), bodies, frames // t_patch, joints, coordinates, t_patch, tokens, kept),
             *(VARIANTS.index(variant), tau, 0.5 if gate is None else gate, uniform_at, seed, epoch, ids_at, valid_at),
+            epoch_at,
         )
         drawn = MotionMask(
             torch.full((bodies, kept), -1),
@@ -111,7 +114,7 @@ def missing(clips, share, t_patch=4):
 
 
 def test_fields_are_those_of_the_header():
-    assert ctypes.sizeof(Problem) == 12 * 8 + 8 + 2 * 8 + 5 * 8
+    assert ctypes.sizeof(Problem) == 12 * 8 + 8 + 2 * 8 + 6 * 8
     assert (ctypes.sizeof(c_float), ctypes.sizeof(c_bool)) == (4, 1)
 
 
@@ -124,6 +127,14 @@ def test_the_limit_is_told_once(kernel):
 def test_masks_equal_the_reference(check, variant, gate, tau):
     ids = torch.arange(8) * 7 + (5 << 32)
     check(bodies(8), variant=variant, gate=gate, tau=tau, seed=3, epoch=7, clip_ids=ids)
+
+
+def test_the_epoch_is_read_from_memory(draw):
+    clips, epoch = bodies(3), torch.tensor(0)
+    for number in (0, 7, 2**32 - 1):
+        epoch.fill_(number)
+        ours, other = draw(clips, seed=3, epoch=epoch), draw(clips, seed=3, epoch=number)
+        assert all(torch.equal(a, b) for a, b in zip(ours, other, strict=True))
 
 
 def test_masks_equal_those_of_the_cpu_kernel(draw):

@@ -1,9 +1,12 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from jmm_fast.data import BodyBatches, ClipStore, write_store
+from jmm_fast.data import BodyBatches, ClipStore, Draft, write_store
 from jmm_fast.errors import UserError
 from jmm_fast.ops import clip_window, motion_mask
 from jmm_fast.reference import philox
@@ -330,6 +333,7 @@ def test_sent_frames_are_seen_alike_and_absent_bodies_are_not_missing(gappy):
         ({"empty_bodies": "pad"}, "empty_bodies must be skip or keep, got 'pad'"),
         ({"ids": torch.tensor([], dtype=torch.int64)}, "clips in memory: no clips to make batches of"),
         ({"ids": torch.tensor([40])}, r"clip ids must lie in 0\.\.39"),
+        ({"prefetch": -1}, "prefetch must not be negative, got -1"),
         ({"batch_size": 41, "drop_last": True}, "40 clips do not fill one batch of 41"),
     ],
 )
@@ -361,3 +365,123 @@ def test_a_batch_costs_no_copy_beyond_itself(tmp_path, make_contents):
     taken = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
     # Positions, labels and draws are some hundred bytes; the four clips alone would be 25 times the batch.
     assert batch.clips.nbytes <= taken <= 1.2 * batch.clips.nbytes
+
+
+def fields(batch):
+    found = {name: getattr(batch, name) for name in ("clips", "clip_ids", "clip_of_body", "labels", "index", "seen")}
+    return found | {"bodies": torch.from_numpy(batch.bodies)}
+
+
+def assert_equal_batches(ours, others):
+    for one, other in zip(ours, others, strict=True):
+        for (name, a), b in zip(fields(one).items(), fields(other).values(), strict=True):
+            assert (a is None and b is None) or (a.dtype == b.dtype and torch.equal(a, b)), name
+
+
+@pytest.mark.parametrize("empty_bodies", ["skip", "keep"])
+@pytest.mark.parametrize("data", ["store", "gappy"])
+def test_batches_made_ahead_are_the_same(request, data, empty_bodies):
+    store = request.getfixturevalue(data)
+    options = {"batch_size": 5, "window": 16, "train": True, "seed": 4, "empty_bodies": empty_bodies}
+    ids = torch.arange(store.num_clips)
+    plain = BodyBatches(store, ids, prefetch=0, **options)
+    for prefetch in (1, 2, 5):
+        ours = BodyBatches(store, ids, prefetch=prefetch, **options)
+        for where in ({}, {"start": 1}, {"start": 1, "every": 2}):
+            expected = [plain.batch(index, 3) for index in plain.order(3).split(5)][where.get("start", 0) :]
+            expected = expected[:: where.get("every", 1)]
+            assert_equal_batches(plain.epoch(3, **where), expected)
+            assert_equal_batches(ours.epoch(3, **where), expected)
+            assert_equal_batches(map(ours.make, ours.drafts(3, **where)), expected)
+    assert (expected[0].seen is not None) == (data == "gappy")
+
+
+@pytest.mark.parametrize("modality", ["joint", "bone_motion"])
+def test_gathered_frames_give_the_same_batches_where_joints_are_missing(gappy, modality):
+    options = {"batch_size": 5, "window": 16, "train": True, "modality": modality, "empty_bodies": "keep"}
+    held, sent = (BodyBatches(gappy, torch.arange(12), **options) for _ in range(2))
+    sent._frames = None
+    assert_equal_batches(held.epoch(2), sent.epoch(2))
+    rows = [len(draft.frames) for epoch in range(20) for draft in sent.drafts(epoch)]
+    assert 0.5 * sent.most_rows() < max(rows) <= sent.most_rows() < len(gappy.frames)
+
+
+def test_a_draft_can_stand_for_all_of_its_shape(gappy):
+    """What a captured step does: the memory that a batch is made from is filled with one draft after the other."""
+    for gathered in (False, True):
+        batches = BodyBatches(gappy, torch.arange(12), batch_size=4, window=16, train=True, empty_bodies="keep")
+        batches._frames = None if gathered else batches._frames
+        drafts = list(batches.drafts(1))
+        rows = max(len(draft.frames) for draft in drafts) if gathered else 0
+        held = Draft(
+            numbers=torch.zeros_like(drafts[0].numbers), shape=drafts[0].shape, turned=True, index=None, bodies=None
+        )
+        if gathered:
+            held.frames, held.seen = torch.full((rows, 25, 3), 9.0), torch.zeros(rows, 25, dtype=torch.bool)
+        for draft in drafts:
+            assert draft.shape == (8, 4)
+            draft.copy_into(held)
+            one, other = batches.make(held), batches.make(draft)
+            assert torch.equal(one.clips, other.clips) and torch.equal(one.seen, other.seen)
+            assert torch.equal(one.clip_ids, other.clip_ids) and held.parts()["epoch"].item() == 1
+            assert one.bodies is None
+
+
+@pytest.mark.parametrize("bodies", [1, 2, 7])
+@pytest.mark.parametrize("rotation", [0.3, 0.0])
+def test_parts_of_a_draft_begin_at_16_bytes_and_do_not_overlap(make_contents, bodies, rotation):
+    store = ClipStore.from_contents(make_contents(sizes=[9] * bodies))
+    batches = BodyBatches(store, torch.arange(bodies), batch_size=bodies, train=True, rotation=rotation)
+    draft = batches.draft(torch.arange(bodies), 6)
+    parts = draft.parts()
+    assert ("angles" in parts) == (rotation > 0)
+    begin = draft.numbers.data_ptr()
+    places = sorted((part.data_ptr() - begin, part.nbytes) for part in parts.values())
+    assert all(at % 16 == 0 for at, _ in places)
+    assert all(at + size <= after for (at, size), (after, _) in itertools.pairwise(places))
+    assert places[-1][0] + places[-1][1] <= draft.numbers.nbytes
+
+
+class Calls(TorchDispatchMode):
+    """The operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("modality", ["joint", "bone_motion"])
+def test_making_a_batch_asks_the_device_for_nothing(gappy, modality):
+    """No number comes back, no size depends on one, nothing is sent: so it can run on a GPU while the host goes on."""
+    batches = BodyBatches(gappy, torch.arange(12), batch_size=12, window=16, train=True, modality=modality)
+    (draft,) = batches.drafts(0)
+    with Calls() as calls:
+        batches.make(draft)
+    assert "clip_window" in calls.names
+    assert not {"_local_scalar_dense", "nonzero", "_to_copy", "lift_fresh", "lift_fresh_copy"} & set(calls.names)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("hold", [True, False])
+@pytest.mark.parametrize("prefetch", [0, 3])
+def test_no_gpu_batch_waits_for_the_gpu(gappy, hold, prefetch):
+    options = {"batch_size": 5, "window": 16, "train": True}
+    batches = BodyBatches(gappy, torch.arange(12), device="cuda", prefetch=prefetch, **options)
+    if not hold:
+        batches._frames, batches._seen = None, batches._seen.cpu()
+    list(batches.epoch(0))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours = list(batches.epoch(1))
+        drafts = list(batches.drafts(1))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(draft.numbers.is_cuda and not draft.index.is_cuda for draft in drafts)
+    plain = BodyBatches(gappy, torch.arange(12), **options)
+    for one, other in zip(plain.epoch(1), ours, strict=True):
+        torch.testing.assert_close(one.clips, other.clips.cpu(), rtol=1e-5, atol=1e-6)
+        assert torch.equal(one.clip_ids, other.clip_ids.cpu()) and torch.equal(one.seen, other.seen.cpu())

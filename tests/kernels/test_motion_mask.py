@@ -125,15 +125,18 @@ def test_strides_halves_streams_and_empty_batches():
 
 
 def test_one_launch_that_a_graph_can_hold():
-    clips = bodies(32)
-    expected = ops.motion_mask(clips, seed=1, backend="cuda")
+    clips, epoch = bodies(32), torch.zeros((), dtype=torch.int64, device="cuda")
+    ops.motion_mask(clips, seed=1, epoch=epoch, backend="cuda")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        drawn = ops.motion_mask(clips, seed=1, backend="cuda")
-    for tensor in drawn:
-        tensor.zero_()
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(drawn, expected, strict=True))
+        drawn = ops.motion_mask(clips, seed=1, epoch=epoch, backend="cuda")
+    for number in (0, 5):
+        expected = ops.motion_mask(clips, seed=1, epoch=number, backend="cuda")
+        for tensor in drawn:
+            tensor.zero_()
+        epoch.fill_(number)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(drawn, expected, strict=True))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         ops.motion_mask(clips, seed=1, backend="cuda")
         torch.cuda.synchronize()

@@ -113,6 +113,20 @@ def test_a_body_draws_the_same_mask_in_any_batch():
     assert not torch.equal(other.mask, whole.mask)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_an_epoch_in_memory_draws_what_the_number_draws(backend):
+    clips, ids, epoch = bodies(4), torch.tensor([5, 9, 5 + (1 << 32), 77]), torch.tensor(0)
+    drawn = []
+    for number in (0, 1, 2**32 - 1):
+        epoch.fill_(number)
+        ours, other = (
+            ops.motion_mask(clips, seed=11, epoch=given, clip_ids=ids, backend=backend) for given in (epoch, number)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(ours, other, strict=True))
+        drawn.append(ours.mask)
+    assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
+
+
 def test_strided_clips_and_empty_bodies():
     clips = bodies(4)
     clips[1] = 0
@@ -206,6 +220,8 @@ def test_what_was_not_seen_may_hold_anything():
         ({"variant": "paper", "gate": 1.5}, r"gate must be in \[0, 1\]"),
         ({"uniform": torch.zeros(2, 10)}, r"uniform must be \[2, 150\]"),
         ({"clip_ids": torch.zeros(2)}, r"clip_ids must be int \[B\], got float32 \[2\]"),
+        ({"epoch": torch.zeros(2, dtype=torch.int64)}, r"epoch must be an integer or int64 \[\], got int64 \[2\]"),
+        ({"epoch": torch.tensor(1.0)}, r"epoch must be an integer or int64 \[\], got float32 \[\]"),
         ({"valid": torch.ones(2, 150)}, r"valid must be bool \[2, 150\], got float32 \[2, 150\]"),
         ({"valid": torch.ones(2, 6, 25, dtype=torch.bool)}, r"valid must be bool \[2, 150\], got bool \[2, 6, 25\]"),
         ({"backend": "fast"}, 'backend must be "auto", "reference"'),
@@ -223,14 +239,14 @@ def test_opcheck_compile_and_export():
     ids = torch.arange(2)
     valid = torch.rand(2, 150) < 0.6
     arguments = (clips, 0.9, 0.8, 4, "paper", 0.5, None, 1, 2, ids, "reference")
-    for given in (arguments, (*arguments, valid)):
+    for given in (arguments, (*arguments, valid), (*arguments, None, torch.tensor(2))):
         torch.library.opcheck(torch.ops.jmm_fast.motion_mask.default, given)
 
     class Draw(torch.nn.Module):
-        def forward(self, clips, ids, valid=None):
-            return tuple(ops.motion_mask(clips, seed=1, clip_ids=ids, valid=valid))
+        def forward(self, clips, ids, valid=None, epoch=0):
+            return tuple(ops.motion_mask(clips, seed=1, clip_ids=ids, valid=valid, epoch=epoch))
 
-    for given in ((clips, ids), (clips, ids, valid)):
+    for given in ((clips, ids), (clips, ids, valid), (clips, ids, None, torch.tensor(3))):
         eager = Draw()(*given)
         for run in (torch.compile(Draw(), fullgraph=True), torch.export.export(Draw(), given).module()):
             for a, b in zip(run(*given), eager, strict=True):

@@ -380,8 +380,10 @@ def test_the_operator_refuses_what_would_read_other_memory():
         ({9: torch.zeros(2, dtype=torch.int32)}, "clip_ids must be an int64"),
         ({10: torch.ones(2, 749, dtype=torch.bool)}, r"valid must be a bool CPU tensor \[B,L\]"),
         ({10: torch.ones(2, 750)}, "valid must be a bool"),
+        ({11: torch.zeros(1, dtype=torch.int64)}, r"epoch_at must be an int64 CPU tensor \[\]"),
+        ({11: torch.zeros((), dtype=torch.int32)}, "epoch_at must be an int64"),
     ):
-        arguments = [clips, 74, 0.8, 4, 0, 0.5, None, 0, 0, None, None]
+        arguments = [clips, 74, 0.8, 4, 0, 0.5, None, 0, 0, None, None, None]
         for place, value in change.items():
             arguments[place] = value
         with pytest.raises(RuntimeError, match=message):

@@ -102,6 +102,7 @@ def test_broken_files(tmp_path):
     [
         (None, "epochs", 0, "epochs is 0"),
         (None, "warmup_epochs", 500, "warmup_epochs is 500"),
+        (None, "prefetch", -1, "prefetch is -1: expected 0 or more"),
         ("mask", "mask_ratio", 1.0, "mask.mask_ratio is 1.0"),
         ("mask", "mask_ratio", 0.9999, "mask.mask_ratio is 0.9999"),
         ("mask", "tau", 0.0, "mask.tau is 0.0"),

@@ -217,19 +217,37 @@ def test_sigusr1_saves_and_goes_on(clips, config, tmp_path, monkeypatch, said):
     assert "checkpoint of step 5 of 9 asked for by a signal" in said
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_the_thread_that_makes_batches_ends_with_the_run(clips, config, tmp_path, monkeypatch, error):
+    seen = []
+
+    def fails():
+        seen.extend(thread.name for thread in threading.enumerate())
+        raise error
+
+    # The first of an epoch's three batches is in use, the second is made, the third must wait.
+    at_step(monkeypatch, 3, fails)
+    config = dataclasses.replace(config, prefetch=1)
+    with pytest.raises(error):
+        pretrain(config, data=clips, out=tmp_path / "run", say=quiet)
+    assert "prefetch" in seen
+    assert "prefetch" not in {thread.name for thread in threading.enumerate()}
+
+
 def test_a_profile(clips, config, tmp_path, said):
     out = pretrain(config, data=clips, out=tmp_path / "run", profile=True, say=said.append)
     assert f"profile written to {out / 'profile'}" in said
     table = (out / "profile" / "table.txt").read_text().splitlines()
     count, whole = re.fullmatch(r"(\d+) steps on cpu, (\d+\.\d+) ms each", table[0]).groups()
     assert int(count) == 5
-    rows = {line[:12].strip(): float(line[12:22]) for line in table[3:9]}
+    rows = {line[:12].strip(): float(line[12:22]) for line in table[3:10]}
     assert list(rows) == [*loop.PARTS, "rest"]
     assert sum(rows.values()) == pytest.approx(float(whole), abs=0.05)
     assert min(rows.values()) >= 0 and rows["forward"] > 0 and rows["backward"] > 0
-    assert any("aten::addmm" in line or "jmm_fast::" in line for line in table[9:])
+    assert any("aten::addmm" in line or "jmm_fast::" in line for line in table[10:])
+    assert re.fullmatch(r"peak memory of the process: \d+ MiB", table[11])
     events = json.loads((out / "profile" / "trace.json").read_text())["traceEvents"]
-    assert {"data", "forward", "backward", "update"} <= {event.get("name") for event in events}
+    assert {"data wait", "forward", "backward", "update"} <= {event.get("name") for event in events}
     # What is measured is the run itself.
     plain = pretrain(config, data=clips, out=tmp_path / "plain", say=quiet)
     assert all(torch.equal(value, state(plain)[name]) for name, value in state(out).items())

@@ -15,6 +15,7 @@ from jmm_fast.errors import UserError
 from jmm_fast.train import checkpoint
 from jmm_fast.train.config import OptimConfig
 from jmm_fast.train.loop import LoopConfig, Stopped, fit, step_seed, train_step
+from jmm_fast.train.metrics import MEASURED
 from jmm_fast.train.optim import adamw
 
 CONFIG = LoopConfig(
@@ -76,8 +77,9 @@ def run(folder, *, die_at=None, hook=None, resume=False, config=CONFIG, fingerpr
 
 
 def lines(folder):
+    """What a run computed, without what it measured."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key not in ("time", "samples_per_s")} for record in records]
+    return [{key: value for key, value in record.items() if key not in MEASURED} for record in records]
 
 
 @pytest.mark.parametrize("every", [1, 3])

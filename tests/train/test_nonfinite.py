@@ -16,7 +16,7 @@ from jmm_fast.errors import UserError
 from jmm_fast.train import checkpoint
 from jmm_fast.train.config import OptimConfig
 from jmm_fast.train.loop import LoopConfig, fit, train_step
-from jmm_fast.train.metrics import read_lines
+from jmm_fast.train.metrics import MEASURED, read_lines
 from jmm_fast.train.optim import adamw
 
 CPU = torch.device("cpu")
@@ -185,7 +185,7 @@ def test_lines_of_metrics_are_the_same_after_a_resumption(tmp_path):
     run(tmp_path / "run", bad, resume=True, **changes)
     whole, resumed = (
         [
-            {name: value for name, value in line.items() if name not in ("time", "samples_per_s")}
+            {name: value for name, value in line.items() if name not in MEASURED}
             for line in read_lines(tmp_path / name / "metrics.jsonl")
         ]
         for name in ("whole", "run")
