@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from jmm_fast import ops, reference
-from jmm_fast.bench.case import Case, Check, Workload
+from jmm_fast.bench.case import BACKENDS, Case, Check, Workload
 from jmm_fast.bench.parity import compare, results
 from jmm_fast.ops.backend import unavailable
+from jmm_fast.ops.topology_attention import CUDA_TOKENS
 from jmm_fast.reference.topology_attention import pair_term
 
 JOINTS = 25
@@ -119,8 +120,10 @@ def prepare(case: Case) -> Callable[[], object]:
 
 def checks(dtype: str, contender: str) -> Iterator[Check]:
     kind = getattr(torch, dtype)
-    device = "cuda" if contender == "triton" else "cpu"
+    device = "cpu" if contender == "cpu" else "cuda"
     for tokens, width in CHECKED:
+        if contender == "cuda" and tokens > CUDA_TOKENS:
+            continue
         heads = 2 if tokens < 750 else 1
         packed = torch.randn(2, tokens, 3, heads, width).to(device, kind)
         q, k, v = packed.permute(2, 0, 3, 1, 4)
@@ -150,7 +153,9 @@ def checks(dtype: str, contender: str) -> Iterator[Check]:
 
 
 def missing(case: Case) -> str | None:
-    if case.contender in ("cpu", "triton"):
+    if case.contender in BACKENDS:
+        if case.contender == "cuda" and (case.dtype == "float32" or SHAPES[case.shape]["tokens"] > CUDA_TOKENS):
+            return f"the CUDA kernel takes 16-bit floats and at most {CUDA_TOKENS} tokens"
         return unavailable("topology_attention", case.contender)
     if case.contender == "flex" and case.direction != "forward" and "device" not in SHAPES[case.shape]:
         return "FlexAttention has no backward pass on the CPU"
@@ -171,7 +176,7 @@ WORKLOAD = Workload(
     shapes=SHAPES,
     dtypes=("float32", "bfloat16"),
     directions=("forward", "forward_backward"),
-    contenders=("cpu", "triton", "reference", *PEERS),
+    contenders=("cpu", "triton", "cuda", "reference", *PEERS),
     prepare=prepare,
     checks=checks,
     unavailable=missing,

@@ -97,6 +97,16 @@ inline void wait_for_copies() {
   own.clear();
 }
 
+/// Whether a thread ended without waiting for its copies; they are dropped.
+inline bool forget_copies() {
+  bool left = false;
+  for (auto& own : copies) {
+    left |= !own.empty();
+    own.clear();
+  }
+  return left;
+}
+
 /// With the error that the instruction may have.
 inline float power_of_two(float x) {
   const float value = std::exp2(x) * (1 + 0x1p-22f * static_cast<float>(host::block.running % 2));

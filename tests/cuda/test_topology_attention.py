@@ -12,6 +12,11 @@ from jmm_fast.ops.topology_attention import CUDA_JOINTS, CUDA_TOKENS, CUDA_WIDTH
 from jmm_fast.reference.topology_attention import pair_term
 
 UPWARDS, DOWNWARDS, MIXED = 0, 1, 143  # 11 * 13: no divisor in common with a number of warps or lanes
+CODES = {
+    1: "threads parted at a barrier",
+    2: "memory behind the shared memory was written",
+    3: "a copy was not waited for",
+}
 MODES = (None, "add", "scale")
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -110,7 +115,7 @@ def attention(kernel):
     def run(function, problem, passed, *rest):
         *pointer, order = rest
         code = function(ctypes.byref(problem), ctypes.byref(passed), *map(c_void_p, pointer), order)
-        assert code == 0, {1: "threads parted at a barrier", 2: "memory behind the shared memory was written"}[code]
+        assert code == 0, CODES[code]
 
     return make
 

@@ -6,13 +6,14 @@
 #include "topology_attention/cuda_body.h"
 
 using namespace jmm_fast::topology_attention::cuda;
+namespace tensor_core = jmm_fast::tensor_core;
 
 namespace {
 
 constexpr int kGuard = 4096;
 
 /// Runs `work(memory, block)` for every block. Returns 0; 1 if threads of a block parted; 2 if memory behind the shared
-/// memory was written.
+/// memory was written; 3 if a copy was not waited for.
 template <typename Work>
 int run(int64_t blocks, int threads, int bytes, int order, Work work) {
   std::vector<Quad> memory((bytes + kGuard) / sizeof(Quad) + 1);
@@ -21,7 +22,8 @@ int run(int64_t blocks, int threads, int bytes, int order, Work work) {
     // NaN, and integers that are nothing: whatever the block before left there.
     std::memset(raw, 0xff, bytes + kGuard);
     auto thread = [&] { work(raw, block); };
-    if (!host::run_block(threads, order, thread)) return 1;
+    const bool met = host::run_block(threads, order, thread), left = tensor_core::forget_copies();
+    if (!met || left) return met ? 3 : 1;
     for (int i = bytes; i < bytes + kGuard; ++i) {
       if (raw[i] != 0xff) return 2;
     }
