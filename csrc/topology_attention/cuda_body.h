@@ -111,8 +111,8 @@ struct alignas(8) Pair {
 struct Place {
   int thread, threads, warp, lane, row, column;
 
-  __device__ explicit Place(int tiles) {
-    thread = static_cast<int>(threadIdx.x), threads = 32 * tiles;
+  __device__ Place(int number, int tiles) {
+    thread = number, threads = 32 * tiles;
     warp = thread / 32, lane = thread % 32, row = lane / 4, column = 2 * (lane % 4);
   }
 };
@@ -153,6 +153,7 @@ __device__ void fetch(const View& from, int64_t body, int head, int tokens, uint
 /// Joints of the tokens of a body. A barrier must follow.
 __device__ inline void fetch_joints(const Problem& p, int64_t body, int* to, const Place& at) {
   const int rows = kTile * tiles_of(p.tokens);
+#pragma unroll 1
   for (int i = at.thread; i < rows; i += at.threads) {
     int64_t joint = 0;
     if (i < p.tokens) joint = p.joint[body * p.joint_body + i * p.joint_token];
@@ -160,13 +161,17 @@ __device__ inline void fetch_joints(const Problem& p, int64_t body, int* to, con
   }
 }
 
-/// `term[u, j] = table[head, u, joint(j)]`, a warp for each row. A barrier must follow.
+/// `term[u, j] = table[head, u, joint(j)]`, a warp takes some rows, a lane some keys. A barrier must follow.
 __device__ inline void spread(const Problem& p, int head, const int* joint, float* term, const Place& at) {
   const int rows = kTile * tiles_of(p.tokens), stride = spread_of(p.tokens);
   const float* table = p.table + static_cast<int64_t>(head) * p.joints * p.joints;
-  for (int u = at.warp; u < p.joints; u += at.threads / 32) {
-    for (int j = at.lane; j < rows; j += 32)
-      term[u * stride + j] = j < p.tokens ? table[u * p.joints + joint[j]] : 0.0f;
+#pragma unroll 1
+  for (int j = at.lane; j < rows; j += 32) {
+    const float* column = table + joint[j];
+#pragma unroll 2
+    for (int u = at.warp; u < p.joints; u += at.threads / 32) {
+      term[u * stride + j] = j < p.tokens ? column[u * p.joints] : 0.0f;
+    }
   }
 }
 
@@ -260,7 +265,7 @@ __device__ inline void load_terms(float (&to)[4], const float* upper, const floa
 }
 
 struct Larger {
-  __device__ float operator()(float a, float b) const { return a > b ? a : b; }
+  __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
 };
 
 struct Add {
@@ -280,7 +285,7 @@ template <bool kBfloat16, int kWidth, int kTiles>
 __device__ void attend(const Problem& p, const Forward& f, unsigned char* memory, int64_t task) {
   const int64_t body = task / p.heads;
   const int head = static_cast<int>(task % p.heads), tokens = p.tokens, tiles = tiles_of(tokens);
-  const Place at(tiles);
+  const Place at(static_cast<int>(threadIdx.x), tiles);
   const ForwardMemory m(memory, kWidth, tokens, p.joints);
   constexpr int kStride = stride_of(kWidth);
 
@@ -362,6 +367,7 @@ __device__ void attend(const Problem& p, const Forward& f, unsigned char* memory
 /// One bit for each token of a joint. A barrier must follow.
 __device__ inline void mark_joints(const Problem& p, const int* joint, unsigned* mask, const Place& at) {
   const int used = (p.tokens + 31) / 32;
+#pragma unroll 1
   for (int i = at.warp; i < p.joints * used; i += at.threads / 32) {
     const int u = i / used, word = i % used, token = 32 * word + at.lane;
     const unsigned bits = __ballot_sync(kAll, token < p.tokens && joint[token] == u);
@@ -369,163 +375,179 @@ __device__ inline void mark_joints(const Problem& p, const int* joint, unsigned*
   }
 }
 
+/// Gradients of one body and head; the table's is added to that in shared memory.
+template <bool kBfloat16, int kWidth, int kJointTiles>
+__device__ void differentiate_body(const Problem& p, const Backward& g, const BackwardMemory& m, int64_t body, int head,
+                                   const Place& at) {
+  const int tokens = p.tokens, tiles = tiles_of(tokens), pair = BackwardMemory::pair_of(kWidth, tokens);
+  const int first = kTile * at.warp + at.row;  // of the two rows of this lane
+  constexpr int kStride = stride_of(kWidth), kDtermStride = stride_of(8 * kJointTiles), kFragments = kWidth / 8;
+
+  fetch<kWidth>(p.q, body, head, tokens, m.q, kStride, at);
+  fetch<kWidth>(p.k, body, head, tokens, m.k, kStride, at);
+  fetch<kWidth>(p.v, body, head, tokens, m.v, kStride, at);
+  fetch<kWidth>(g.grad, body, head, tokens, m.grad, kStride, at);
+  fetch<kWidth>(g.out, body, head, tokens, m.weight, pair, at);
+  float shift[2], inverse[2], delta[2] = {0, 0};
+  for (int i = 0; i < 2; ++i) {
+    const int token = first + 8 * i;
+    const int64_t place = (body * p.heads + head) * tokens + token;
+    shift[i] = token < tokens ? -g.most[place] * kLog2E : -HUGE_VALF;
+    inverse[i] = token < tokens ? 1 / g.total[place] : 0.0f;
+  }
+  if (p.mode != kPlain) {
+    fetch_joints(p, body, m.joint, at);
+    __syncthreads();
+    spread(p, head, m.joint, m.term, at);
+    mark_joints(p, m.joint, m.mask, at);
+  }
+  tensor_core::wait_for_copies();
+  __syncthreads();
+
+  for (int i = 0; i < 2; ++i) {
+    const uint16_t* grad = m.grad + (first + 8 * i) * kStride;
+    const uint16_t* out = m.weight + (first + 8 * i) * pair;
+    for (int c = at.column; c < kWidth; c += 8) {
+      const uint32_t a = *reinterpret_cast<const uint32_t*>(grad + c), b = *reinterpret_cast<const uint32_t*>(out + c);
+      for (int bit = 0; bit < 32; bit += 16) {
+        delta[i] = fmaf(tensor_core::widen<kBfloat16>(static_cast<uint16_t>(a >> bit)),
+                        tensor_core::widen<kBfloat16>(static_cast<uint16_t>(b >> bit)), delta[i]);
+      }
+    }
+    delta[i] = reduce_row(delta[i], Add());
+  }
+  __syncwarp();  // all lanes have their part of the result, in whose place the weights go
+
+  // With queries as rows: the gradient of the queries and that of the terms, summed over the keys of a joint.
+  uint32_t q[kWidth / kTile][4], grad[kWidth / kTile][4];
+  load_rows<kWidth>(q, m.q + kTile * at.warp * kStride, kStride, at.lane);
+  load_rows<kWidth>(grad, m.grad + kTile * at.warp * kStride, kStride, at.lane);
+  const float *upper = m.term, *lower = m.term;
+  if (p.mode != kPlain) {
+    upper += m.joint[first] * spread_of(tokens) + at.column;
+    lower += m.joint[first + 8] * spread_of(tokens) + at.column;
+  }
+  float dq[kFragments][4], dterm[kJointTiles][4];
+  for (int i = 0; i < kFragments; ++i) {
+    for (int j = 0; j < 4; ++j) dq[i][j] = 0;
+  }
+  for (int i = 0; i < kJointTiles; ++i) {
+    for (int j = 0; j < 4; ++j) dterm[i][j] = 0;
+  }
+#pragma unroll 1
+  for (int tile = 0; tile < tiles; ++tile) {
+    float s[2][4], ds[2][4], dt[2][4];
+    multiply_rows<kBfloat16, kWidth>(s, q, m.k + kTile * tile * kStride, at.lane);
+    multiply_rows<kBfloat16, kWidth>(ds, grad, m.v + kTile * tile * kStride, at.lane);
+    // Weights into s, gradients of products into ds, and of terms, which are the same unless they multiply, into dt.
+    for (int half = 0; half < 2; ++half) {
+      const int begin = kTile * tile + 8 * half;
+      float term[4] = {0, 0, 0, 0}, product[4];
+      if (p.mode != kPlain) load_terms(term, upper + begin, lower + begin);
+      for (int i = 0; i < 4; ++i) product[i] = s[half][i];
+      score(p, s[half], term);
+      for (int i = 0; i < 4; ++i) {
+        if (begin + at.column + i % 2 >= tokens) s[half][i] = -HUGE_VALF;
+        const float weight = tensor_core::power_of_two(fmaf(s[half][i], kLog2E, shift[i / 2])) * inverse[i / 2];
+        s[half][i] = weight;
+        ds[half][i] = weight * (ds[half][i] - delta[i / 2]);
+      }
+      if (p.mode == kScale) {
+        for (int i = 0; i < 4; ++i) dt[half][i] = ds[half][i] * product[i] * p.scale, ds[half][i] *= term[i];
+      }
+    }
+    uint32_t weights[4], scores[4];
+    as_operand<kBfloat16>(weights, s);
+    as_operand<kBfloat16>(scores, ds);
+    for (int i = 0; i < 4; ++i) {
+      const int place = (first + i % 2 * 8) * pair + kTile * tile + i / 2 * 8 + at.column;
+      *reinterpret_cast<uint32_t*>(m.weight + place) = weights[i];
+      *reinterpret_cast<uint32_t*>(m.dscore + place) = scores[i];
+    }
+    multiply_columns<kBfloat16, kWidth>(dq, scores, m.k + kTile * tile * kStride, at.lane);
+    if (p.mode != kPlain) {
+      if (p.mode == kScale) as_operand<kBfloat16>(scores, dt);
+      int joint[4];
+      for (int i = 0; i < 4; ++i) joint[i] = m.joint[kTile * tile + i / 2 * 8 + at.column + i % 2];
+      const uint32_t one = tensor_core::pack<kBfloat16>(1, 0);
+      for (int i = 0; i < kJointTiles; ++i) {
+        const int u = 8 * i + at.row;
+        const uint32_t b0 = (joint[0] == u ? one : 0) | (joint[1] == u ? one << 16 : 0);
+        const uint32_t b1 = (joint[2] == u ? one : 0) | (joint[3] == u ? one << 16 : 0);
+        tensor_core::multiply_add<kBfloat16>(dterm[i], scores, b0, b1);
+      }
+    }
+  }
+  uint32_t dq_rounded[kFragments][2];
+  round_rows<kBfloat16, kWidth>(dq_rounded, dq, p.scale, p.scale);
+  __syncthreads();
+
+  if (p.mode != kPlain) {
+    for (int i = 0; i < kJointTiles; ++i) {
+      for (int j = 0; j < 2; ++j) {
+        const int place = (first + 8 * j) * kDtermStride + 8 * i + at.column;
+        *reinterpret_cast<Pair*>(m.dterm + place) = {dterm[i][2 * j], dterm[i][2 * j + 1]};
+      }
+    }
+  }
+  // With keys as rows: their gradient and that of the values.
+  float dk[kFragments][4], dv[kFragments][4];
+  for (int i = 0; i < kFragments; ++i) {
+    for (int j = 0; j < 4; ++j) dk[i][j] = dv[i][j] = 0;
+  }
+#pragma unroll 1
+  for (int tile = 0; tile < tiles; ++tile) {
+    // A tile of the transposed pairs: its second matrix is beside the first before it is turned.
+    const int corner_at = kTile * tile * pair + kTile * at.warp + corner<false>(at.lane, pair);
+    uint32_t left[4];
+    tensor_core::load_transposed(left, m.weight + corner_at);
+    multiply_columns<kBfloat16, kWidth>(dv, left, m.grad + kTile * tile * kStride, at.lane);
+    tensor_core::load_transposed(left, m.dscore + corner_at);
+    multiply_columns<kBfloat16, kWidth>(dk, left, m.q + kTile * tile * kStride, at.lane);
+  }
+  __syncthreads();
+
+  store_rows<kWidth>(dq_rounded, m.q, g.dq, body, head, tokens, at);
+  uint32_t rounded[kFragments][2];
+  round_rows<kBfloat16, kWidth>(rounded, dk, p.scale, p.scale);
+  store_rows<kWidth>(rounded, m.k, g.dk, body, head, tokens, at);
+  round_rows<kBfloat16, kWidth>(rounded, dv, 1, 1);
+  store_rows<kWidth>(rounded, m.grad, g.dv, body, head, tokens, at);
+  const int words = p.mode != kPlain ? (tokens + 31) / 32 : 0;
+#pragma unroll 1
+  for (int i = at.thread; i < p.joints * p.joints; i += at.threads) {
+    const int u = i / p.joints, v = i % p.joints;
+    float sum = 0;
+#pragma unroll 1
+    for (int word = 0; word < words; ++word) {
+#pragma unroll 1
+      for (unsigned bits = m.mask[u * BackwardMemory::kMaskWords + word]; bits != 0; bits &= bits - 1) {
+        sum += m.dterm[(32 * word + __ffs(static_cast<int>(bits)) - 1) * kDtermStride + v];
+      }
+    }
+    m.dtable[i] += sum;
+  }
+  __syncthreads();
+}
+
 /// Gradients of a part of the bodies at a head; the table's is summed over the bodies and written as one partial table.
 /// `kJointTiles`: at least an eighth of the joints. All threads of the block, 32 for each tile of the tokens, call it.
 template <bool kBfloat16, int kWidth, int kJointTiles>
 __device__ void differentiate(const Problem& p, const Backward& g, unsigned char* memory, int head, int part) {
-  const int tokens = p.tokens, tiles = tiles_of(tokens), pair = BackwardMemory::pair_of(kWidth, tokens);
-  const Place at(tiles);
-  const BackwardMemory m(memory, kWidth, tokens, p.joints);
+  const int thread = static_cast<int>(threadIdx.x), tiles = tiles_of(p.tokens), entries = p.joints * p.joints;
+  const BackwardMemory m(memory, kWidth, p.tokens, p.joints);
+#pragma unroll 1
+  for (int i = thread; i < entries; i += 32 * tiles) m.dtable[i] = 0;  // a thread's own ones, to the end
   const int64_t end = p.bodies * (part + 1) / g.parts;
-  constexpr int kStride = stride_of(kWidth), kDtermStride = stride_of(8 * kJointTiles), kFragments = kWidth / 8;
-  const int first = kTile * at.warp + at.row;
-
-  for (int i = at.thread; i < p.joints * p.joints; i += at.threads) m.dtable[i] = 0;  // its own ones, to the end
+#pragma unroll 1
   for (int64_t body = p.bodies * part / g.parts; body < end; ++body) {
-    fetch<kWidth>(p.q, body, head, tokens, m.q, kStride, at);
-    fetch<kWidth>(p.k, body, head, tokens, m.k, kStride, at);
-    fetch<kWidth>(p.v, body, head, tokens, m.v, kStride, at);
-    fetch<kWidth>(g.grad, body, head, tokens, m.grad, kStride, at);
-    fetch<kWidth>(g.out, body, head, tokens, m.weight, pair, at);
-    float shift[2], inverse[2], delta[2] = {0, 0};
-    for (int i = 0; i < 2; ++i) {
-      const int token = first + 8 * i;
-      const int64_t place = (body * p.heads + head) * tokens + token;
-      shift[i] = token < tokens ? -g.most[place] * kLog2E : -HUGE_VALF;
-      inverse[i] = token < tokens ? 1 / g.total[place] : 0.0f;
-    }
-    if (p.mode != kPlain) {
-      fetch_joints(p, body, m.joint, at);
-      __syncthreads();
-      spread(p, head, m.joint, m.term, at);
-      mark_joints(p, m.joint, m.mask, at);
-    }
-    tensor_core::wait_for_copies();
-    __syncthreads();
-
-    for (int i = 0; i < 2; ++i) {
-      const uint16_t* grad = m.grad + (first + 8 * i) * kStride;
-      const uint16_t* out = m.weight + (first + 8 * i) * pair;
-      for (int c = at.column; c < kWidth; c += 8) {
-        for (int j = 0; j < 2; ++j) {
-          delta[i] =
-              fmaf(tensor_core::widen<kBfloat16>(grad[c + j]), tensor_core::widen<kBfloat16>(out[c + j]), delta[i]);
-        }
-      }
-      delta[i] = reduce_row(delta[i], Add());
-    }
-    __syncwarp();  // all lanes have their part of the result, in whose place the weights go
-
-    // With queries as rows: the gradient of the queries and that of the terms, summed over the keys of a joint.
-    uint32_t q[kWidth / kTile][4], grad[kWidth / kTile][4];
-    load_rows<kWidth>(q, m.q + kTile * at.warp * kStride, kStride, at.lane);
-    load_rows<kWidth>(grad, m.grad + kTile * at.warp * kStride, kStride, at.lane);
-    const float *upper = m.term, *lower = m.term;
-    if (p.mode != kPlain) {
-      upper += m.joint[first] * spread_of(tokens) + at.column;
-      lower += m.joint[first + 8] * spread_of(tokens) + at.column;
-    }
-    float dq[kFragments][4], dterm[kJointTiles][4];
-    for (int i = 0; i < kFragments; ++i) {
-      for (int j = 0; j < 4; ++j) dq[i][j] = 0;
-    }
-    for (int i = 0; i < kJointTiles; ++i) {
-      for (int j = 0; j < 4; ++j) dterm[i][j] = 0;
-    }
-#pragma unroll 1
-    for (int tile = 0; tile < tiles; ++tile) {
-      float s[2][4], ds[2][4], dt[2][4];
-      multiply_rows<kBfloat16, kWidth>(s, q, m.k + kTile * tile * kStride, at.lane);
-      multiply_rows<kBfloat16, kWidth>(ds, grad, m.v + kTile * tile * kStride, at.lane);
-      // Weights into s, gradients of products into ds, and of terms, which are the same unless they multiply, into dt.
-      for (int half = 0; half < 2; ++half) {
-        const int begin = kTile * tile + 8 * half;
-        float term[4] = {0, 0, 0, 0}, product[4];
-        if (p.mode != kPlain) load_terms(term, upper + begin, lower + begin);
-        for (int i = 0; i < 4; ++i) product[i] = s[half][i];
-        score(p, s[half], term);
-        for (int i = 0; i < 4; ++i) {
-          if (begin + at.column + i % 2 >= tokens) s[half][i] = -HUGE_VALF;
-          const float weight = tensor_core::power_of_two(fmaf(s[half][i], kLog2E, shift[i / 2])) * inverse[i / 2];
-          s[half][i] = weight;
-          ds[half][i] = weight * (ds[half][i] - delta[i / 2]);
-        }
-        if (p.mode == kScale) {
-          for (int i = 0; i < 4; ++i) dt[half][i] = ds[half][i] * product[i] * p.scale, ds[half][i] *= term[i];
-        }
-      }
-      uint32_t weights[4], scores[4];
-      as_operand<kBfloat16>(weights, s);
-      as_operand<kBfloat16>(scores, ds);
-      for (int i = 0; i < 4; ++i) {
-        const int place = (first + i % 2 * 8) * pair + kTile * tile + i / 2 * 8 + at.column;
-        *reinterpret_cast<uint32_t*>(m.weight + place) = weights[i];
-        *reinterpret_cast<uint32_t*>(m.dscore + place) = scores[i];
-      }
-      multiply_columns<kBfloat16, kWidth>(dq, scores, m.k + kTile * tile * kStride, at.lane);
-      if (p.mode != kPlain) {
-        if (p.mode == kScale) as_operand<kBfloat16>(scores, dt);
-        int joint[4];
-        for (int i = 0; i < 4; ++i) joint[i] = m.joint[kTile * tile + i / 2 * 8 + at.column + i % 2];
-        const uint32_t one = tensor_core::pack<kBfloat16>(1, 0);
-        for (int i = 0; i < kJointTiles; ++i) {
-          const int u = 8 * i + at.row;
-          const uint32_t b0 = (joint[0] == u ? one : 0) | (joint[1] == u ? one << 16 : 0);
-          const uint32_t b1 = (joint[2] == u ? one : 0) | (joint[3] == u ? one << 16 : 0);
-          tensor_core::multiply_add<kBfloat16>(dterm[i], scores, b0, b1);
-        }
-      }
-    }
-    uint32_t dq_rounded[kFragments][2];
-    round_rows<kBfloat16, kWidth>(dq_rounded, dq, p.scale, p.scale);
-    __syncthreads();
-
-    if (p.mode != kPlain) {
-      for (int i = 0; i < kJointTiles; ++i) {
-        for (int j = 0; j < 2; ++j) {
-          const int place = (first + 8 * j) * kDtermStride + 8 * i + at.column;
-          *reinterpret_cast<Pair*>(m.dterm + place) = {dterm[i][2 * j], dterm[i][2 * j + 1]};
-        }
-      }
-    }
-    // With keys as rows: their gradient and that of the values.
-    float dk[kFragments][4], dv[kFragments][4];
-    for (int i = 0; i < kFragments; ++i) {
-      for (int j = 0; j < 4; ++j) dk[i][j] = dv[i][j] = 0;
-    }
-#pragma unroll 1
-    for (int tile = 0; tile < tiles; ++tile) {
-      // A tile of the transposed pairs: its second matrix is beside the first before it is turned.
-      const int corner_at = kTile * tile * pair + kTile * at.warp + corner<false>(at.lane, pair);
-      uint32_t left[4];
-      tensor_core::load_transposed(left, m.weight + corner_at);
-      multiply_columns<kBfloat16, kWidth>(dv, left, m.grad + kTile * tile * kStride, at.lane);
-      tensor_core::load_transposed(left, m.dscore + corner_at);
-      multiply_columns<kBfloat16, kWidth>(dk, left, m.q + kTile * tile * kStride, at.lane);
-    }
-    __syncthreads();
-
-    store_rows<kWidth>(dq_rounded, m.q, g.dq, body, head, tokens, at);
-    uint32_t rounded[kFragments][2];
-    round_rows<kBfloat16, kWidth>(rounded, dk, p.scale, p.scale);
-    store_rows<kWidth>(rounded, m.k, g.dk, body, head, tokens, at);
-    round_rows<kBfloat16, kWidth>(rounded, dv, 1, 1);
-    store_rows<kWidth>(rounded, m.grad, g.dv, body, head, tokens, at);
-    const int words = p.mode != kPlain ? (tokens + 31) / 32 : 0;
-    for (int i = at.thread; i < p.joints * p.joints; i += at.threads) {
-      const int u = i / p.joints, v = i % p.joints;
-      float sum = 0;
-      for (int word = 0; word < words; ++word) {
-        for (unsigned bits = m.mask[u * BackwardMemory::kMaskWords + word]; bits != 0; bits &= bits - 1) {
-          sum += m.dterm[(32 * word + __ffs(static_cast<int>(bits)) - 1) * kDtermStride + v];
-        }
-      }
-      m.dtable[i] += sum;
-    }
-    __syncthreads();
+    // Told nothing about the thread, the compiler cannot keep what follows from it in registers from body to body.
+    const Place at(tensor_core::untold(thread), tiles);
+    differentiate_body<kBfloat16, kWidth, kJointTiles>(p, g, m, body, head, at);
   }
-  float* partial = g.partial + (static_cast<int64_t>(head) * g.parts + part) * p.joints * p.joints;
-  for (int i = at.thread; i < p.joints * p.joints; i += at.threads) partial[i] = m.dtable[i];
+  float* partial = g.partial + (static_cast<int64_t>(head) * g.parts + part) * entries;
+#pragma unroll 1
+  for (int i = thread; i < entries; i += 32 * tiles) partial[i] = m.dtable[i];
 }
 
 constexpr int kSumWarps = 8;

@@ -113,6 +113,8 @@ inline float power_of_two(float x) {
   return value < 0x1p-126f ? 0 : value;
 }
 
+inline int untold(int x) { return x; }
+
 }  // namespace
 
 }  // namespace jmm_fast::tensor_core
