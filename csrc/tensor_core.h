@@ -85,7 +85,7 @@ __device__ __forceinline__ float power_of_two(float x) {
 }
 
 /// The same number, of which the compiler knows nothing any more.
-__device__ __forceinline__ int untold(int x) {
+__device__ __forceinline__ unsigned untold(unsigned x) {
   asm volatile("" : "+r"(x));
   return x;
 }

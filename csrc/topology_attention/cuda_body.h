@@ -111,9 +111,10 @@ struct alignas(8) Pair {
 struct Place {
   int thread, threads, warp, lane, row, column;
 
-  __device__ Place(int number, int tiles) {
-    thread = number, threads = 32 * tiles;
-    warp = thread / 32, lane = thread % 32, row = lane / 4, column = 2 * (lane % 4);
+  __device__ Place(unsigned number, int tiles) {
+    thread = static_cast<int>(number), threads = 32 * tiles;
+    warp = static_cast<int>(number / 32), lane = static_cast<int>(number % 32);
+    row = static_cast<int>(number % 32 / 4), column = static_cast<int>(2 * (number % 4));
   }
 };
 
@@ -121,7 +122,10 @@ struct Place {
 /// `kDown`: the second matrix is the one below the first, as in a left operand; else the one beside it.
 template <bool kDown>
 __device__ int corner(int lane, int stride) {
-  return kDown ? lane % 16 * stride + lane / 16 * 8 : (lane % 8 + lane / 16 * 8) * stride + lane / 8 % 2 * 8;
+  // Unsigned: a division by a power of two is one instruction then.
+  const unsigned l = static_cast<unsigned>(lane);
+  return static_cast<int>(kDown ? l % 16 : l % 8 + l / 16 * 8) * stride +
+         static_cast<int>(kDown ? l / 16 : l / 8 % 2) * 8;
 }
 
 __device__ inline const uint16_t* start_of(const View& x, int64_t body, int head) {
@@ -161,16 +165,18 @@ __device__ inline void fetch_joints(const Problem& p, int64_t body, int* to, con
   }
 }
 
-/// `term[u, j] = table[head, u, joint(j)]`, a warp takes some rows, a lane some keys. A barrier must follow.
+/// `term[u, j] = table[head, u, joint(j)]`: a warp takes some rows, a lane some keys. Added terms of keys behind the
+/// last one are minus infinity. A barrier must follow.
 __device__ inline void spread(const Problem& p, int head, const int* joint, float* term, const Place& at) {
   const int rows = kTile * tiles_of(p.tokens), stride = spread_of(p.tokens);
   const float* table = p.table + static_cast<int64_t>(head) * p.joints * p.joints;
+  const float behind = p.mode == kAdd ? -HUGE_VALF : 0.0f;
 #pragma unroll 1
   for (int j = at.lane; j < rows; j += 32) {
     const float* column = table + joint[j];
 #pragma unroll 2
     for (int u = at.warp; u < p.joints; u += at.threads / 32) {
-      term[u * stride + j] = j < p.tokens ? column[u * p.joints] : 0.0f;
+      term[u * stride + j] = j < p.tokens ? column[u * p.joints] : behind;
     }
   }
 }
@@ -248,13 +254,18 @@ __device__ void store_rows(const uint32_t (&from)[kWidth / 8][2], uint16_t* by, 
   }
 }
 
-/// Products of four pairs and their terms become scores, in both passes by the same operations.
-__device__ inline void score(const Problem& p, float (&x)[4], const float (&term)[4]) {
+/// Products of four pairs, of keys `column` and the next one, and their terms become scores, in both passes by the same
+/// operations. Keys behind the last one get minus infinity.
+__device__ inline void score(const Problem& p, float (&x)[4], const float (&term)[4], int column) {
   // One choice for all four: the mode is the same for all threads.
-  if (p.mode == kScale) {
-    for (int i = 0; i < 4; ++i) x[i] = x[i] * p.scale * term[i];
+  if (p.mode == kAdd) {
+    for (int i = 0; i < 4; ++i) x[i] = fmaf(x[i], p.scale, term[i]);  // terms know the last key
   } else {
-    for (int i = 0; i < 4; ++i) x[i] = fmaf(x[i], p.scale, term[i]);
+    for (int i = 0; i < 4; ++i) {
+      x[i] *= p.scale;
+      if (p.mode == kScale) x[i] *= term[i];
+      if (column + i % 2 >= p.tokens) x[i] = -HUGE_VALF;
+    }
   }
 }
 
@@ -285,7 +296,7 @@ template <bool kBfloat16, int kWidth, int kTiles>
 __device__ void attend(const Problem& p, const Forward& f, unsigned char* memory, int64_t task) {
   const int64_t body = task / p.heads;
   const int head = static_cast<int>(task % p.heads), tokens = p.tokens, tiles = tiles_of(tokens);
-  const Place at(static_cast<int>(threadIdx.x), tiles);
+  const Place at(threadIdx.x, tiles);
   const ForwardMemory m(memory, kWidth, tokens, p.joints);
   constexpr int kStride = stride_of(kWidth);
 
@@ -319,11 +330,7 @@ __device__ void attend(const Problem& p, const Forward& f, unsigned char* memory
       float (&x)[4] = s[tile][half];
       float term[4] = {0, 0, 0, 0};
       if (p.mode != kPlain) load_terms(term, upper + begin, lower + begin);
-      score(p, x, term);
-      if (begin + 8 > tokens) {
-        if (begin + at.column >= tokens) x[0] = x[2] = -HUGE_VALF;
-        if (begin + at.column + 1 >= tokens) x[1] = x[3] = -HUGE_VALF;
-      }
+      score(p, x, term, begin + at.column);
       for (int i = 0; i < 4; ++i) most[i / 2] = Larger()(most[i / 2], x[i]);
     }
   }
@@ -445,9 +452,8 @@ __device__ void differentiate_body(const Problem& p, const Backward& g, const Ba
       float term[4] = {0, 0, 0, 0}, product[4];
       if (p.mode != kPlain) load_terms(term, upper + begin, lower + begin);
       for (int i = 0; i < 4; ++i) product[i] = s[half][i];
-      score(p, s[half], term);
+      score(p, s[half], term, begin + at.column);
       for (int i = 0; i < 4; ++i) {
-        if (begin + at.column + i % 2 >= tokens) s[half][i] = -HUGE_VALF;
         const float weight = tensor_core::power_of_two(fmaf(s[half][i], kLog2E, shift[i / 2])) * inverse[i / 2];
         s[half][i] = weight;
         ds[half][i] = weight * (ds[half][i] - delta[i / 2]);
@@ -542,7 +548,7 @@ __device__ void differentiate(const Problem& p, const Backward& g, unsigned char
 #pragma unroll 1
   for (int64_t body = p.bodies * part / g.parts; body < end; ++body) {
     // Told nothing about the thread, the compiler cannot keep what follows from it in registers from body to body.
-    const Place at(tensor_core::untold(thread), tiles);
+    const Place at(tensor_core::untold(threadIdx.x), tiles);
     differentiate_body<kBfloat16, kWidth, kJointTiles>(p, g, m, body, head, at);
   }
   float* partial = g.partial + (static_cast<int64_t>(head) * g.parts + part) * entries;

@@ -113,7 +113,7 @@ inline float power_of_two(float x) {
   return value < 0x1p-126f ? 0 : value;
 }
 
-inline int untold(int x) { return x; }
+inline unsigned untold(unsigned x) { return x; }
 
 }  // namespace
 
