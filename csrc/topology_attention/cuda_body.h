@@ -138,12 +138,16 @@ __device__ void fetch(const View& from, int64_t body, int head, int tokens, uint
   const uint16_t* start = start_of(from, body, head);
   const int rows = kTile * tiles_of(tokens);
   if (from.wide) {
-    constexpr int kParts = kWidth / 8;
+    // A thread's rows follow each other at the same distance: 32 lanes are kStep rows, all warps kStep times as many.
+    constexpr unsigned kParts = kWidth / 8, kStep = 32 / kParts;
+    const unsigned thread = static_cast<unsigned>(at.thread);
+    const int part = static_cast<int>(thread % kParts) * 8, step = static_cast<int>(kStep) * (at.threads / 32);
+    int row = static_cast<int>(thread / kParts);
+    const uint16_t* place = start + row * from.token + part;
+    uint16_t* target = to + row * stride + part;
 #pragma unroll 1
-    for (int i = at.thread; i < rows * kParts; i += at.threads) {
-      const int row = i / kParts, part = i % kParts * 8;
-      const bool there = row < tokens;
-      tensor_core::start_copy(to + row * stride + part, start + (there ? row * from.token + part : 0), there);
+    for (; row < rows; row += step, place += step * from.token, target += step * stride) {
+      tensor_core::start_copy(target, row < tokens ? place : start, row < tokens);
     }
   } else {
 #pragma unroll 1
@@ -165,19 +169,19 @@ __device__ inline void fetch_joints(const Problem& p, int64_t body, int* to, con
   }
 }
 
-/// `term[u, j] = table[head, u, joint(j)]`: a warp takes some rows, a lane some keys. Added terms of keys behind the
-/// last one are minus infinity. A barrier must follow.
+/// `term[u, j] = table[head, u, joint(j)]`: a thread takes two keys and every fourth row, as there are four threads for
+/// each pair of keys. Added terms of keys behind the last one are minus infinity. A barrier must follow.
 __device__ inline void spread(const Problem& p, int head, const int* joint, float* term, const Place& at) {
-  const int rows = kTile * tiles_of(p.tokens), stride = spread_of(p.tokens);
-  const float* table = p.table + static_cast<int64_t>(head) * p.joints * p.joints;
+  const int stride = spread_of(p.tokens), pairs = at.threads / 4;
+  const int group = at.thread / pairs, key = 2 * (at.thread - group * pairs);
+  const float* table = p.table + (head * p.joints + group) * p.joints;
+  const float *a = table + joint[key], *b = table + joint[key + 1];
+  const bool there = key < p.tokens, next = key + 1 < p.tokens;
   const float behind = p.mode == kAdd ? -HUGE_VALF : 0.0f;
-#pragma unroll 1
-  for (int j = at.lane; j < rows; j += 32) {
-    const float* column = table + joint[j];
+  Pair* to = reinterpret_cast<Pair*>(term + group * stride + key);
 #pragma unroll 2
-    for (int u = at.warp; u < p.joints; u += at.threads / 32) {
-      term[u * stride + j] = j < p.tokens ? column[u * p.joints] : behind;
-    }
+  for (int u = group; u < p.joints; u += 4, a += 4 * p.joints, b += 4 * p.joints, to += 2 * stride) {
+    *to = {there ? *a : behind, next ? *b : behind};
   }
 }
 
