@@ -108,8 +108,10 @@ emulate: install
 	$(EMULATOR) $(BIN)/python -m pytest -q -p no:cacheprovider $(NATIVE_TESTS) -k "$(NATIVE_CHOICE) and not behind_the_last"
 
 # Both records of bench/results: the table in pairs, and every case by itself. About twelve quiet minutes.
+RECORD ?= bench/results/bench.json
+
 bench: install
-	$(BIN)/jmm-fast bench --json bench/results/bench.json
+	$(BIN)/jmm-fast bench --json $(RECORD)
 	$(BIN)/python -m pytest bench -q --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-json=bench/results/cases.json
 
 bench-gpu: install
