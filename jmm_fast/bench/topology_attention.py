@@ -4,6 +4,7 @@ import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -142,14 +143,21 @@ def checks(dtype: str, contender: str) -> Iterator[Check]:
                 return reference.topology_attention(*inputs, joints, False, width**-0.5)
 
             inputs = (q, k, v, table)
-            yield from compare(
-                ("out", "dq", "dk", "dv", "dtable"),
+            names = ("out", "dq", "dk", "dv", "dtable")
+            found = compare(
+                names,
                 results(ours, inputs, seed),
                 results(plain, inputs, seed),
                 results(plain, [x.double() for x in inputs], seed.double()),
                 torch.finfo(kind).eps,
                 where=f"N={tokens} D={width} joints={kind_of_joints} ",
             )
+            for name, check in zip(names, found, strict=True):
+                if tokens == 1 and name in ("dq", "dk", "dtable"):
+                    # The only weight is 1 and its gradient, exactly 0, the difference of two sums of `width` products.
+                    sums = width * (seed.abs().max() * v.abs().max() * max(1, q.abs().max(), k.abs().max())).item()
+                    check = replace(check, bound=check.bound + 4 * torch.finfo(torch.float32).eps * sums)
+                yield check
 
 
 def missing(case: Case) -> str | None:

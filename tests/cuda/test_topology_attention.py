@@ -141,9 +141,9 @@ def check(attention):
         for one in compare(names, ours, same, exact, torch.finfo(q.dtype).eps):
             bound = one.bound
             if q.shape[2] == 1 and one.name in ("dq", "dk", "dtable"):
-                # The only weight is 1, its gradient the difference of equal sums: the rounding of the result remains.
-                bound = 4 * torch.finfo(q.dtype).eps * (grad.abs().max() * v.abs().max()).item() * q.shape[3]
-                bound *= 1 if one.name == "dtable" else max(q.abs().max(), k.abs().max()).item()
+                # The only weight is 1 and its gradient, exactly 0, the difference of two sums of D products.
+                sums = q.shape[3] * (grad.abs().max() * v.abs().max() * max(1, q.abs().max(), k.abs().max())).item()
+                bound = 4 * torch.finfo(torch.float32).eps * sums * q.shape[0]
             elif one.name == "dtable" and mode == "add" and (joints == joints.flatten()[0]).all():
                 # All terms are one number, which softmax does not see: what is left is the rounding of each gradient.
                 bound = torch.finfo(q.dtype).eps * pair_gradients(q, k, v, grad).sum().item()
