@@ -2,6 +2,7 @@
 
     python bench/tune.py                        # all tables; some minutes
     python bench/tune.py topology_attention
+    python bench/tune.py few_tokens             # CUDA C++ against Triton, for AUTO_CUDA_TOKENS of topology attention
 
 Every candidate of a table's entry is put into the table, launched at the size the entry serves, and timed with CUDA
 events; one that does not fit the GPU is passed over. Prints the best of each entry beside the one that is shipped and
@@ -51,6 +52,44 @@ def attention(dtype: torch.dtype, dim: int, length: int, backward: bool) -> Call
         return lambda: kernel.backward(out, *inputs, out, statistics, False, dim**-0.5)
 
     return prepare
+
+
+def short(length: int, bodies: int, device: str, backend: str) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Forward and backward pass over few tokens, joints of its own for each body."""
+    from jmm_fast.ops import topology_attention
+
+    packed = torch.randn(bodies, length, 3, 8, 32, device=device, dtype=torch.bfloat16, requires_grad=True)
+    table = torch.randn(8, 25, 25, device=device, requires_grad=True)
+    joints = torch.randint(0, 25, (bodies, length), device=device)
+
+    def forward() -> torch.Tensor:
+        return topology_attention(*packed.permute(2, 0, 3, 1, 4), table, joints, backend=backend)
+
+    out = forward()
+    gradient = torch.randn_like(out)
+    return (
+        torch.no_grad()(forward),
+        lambda: torch.autograd.grad(out, (packed, table), gradient, retain_graph=True),
+    )
+
+
+def few_tokens(
+    measure: Callable[[Callable[[], object]], float],
+    *,
+    lengths: Iterable[int] = (16, 32, 48, 64, 74, 80, 96, 112, 128),
+    backends: tuple[str, ...] = ("cuda", "triton"),
+    bodies: int = 4 * BODIES,
+    device: str = "cuda",
+) -> list[dict]:
+    """Milliseconds of each backend's passes, one row a number of tokens."""
+    found = []
+    for length in lengths:
+        row: dict = {"tokens": length}
+        for backend in backends:
+            for name, run in zip(("forward", "backward"), short(length, bodies, device, backend), strict=True):
+                row[f"{backend} {name}"] = measure(run)
+        found.append(row)
+    return found
 
 
 def loss(dtype: torch.dtype) -> Callable[[], Callable[[], object]]:
@@ -182,12 +221,13 @@ def tune(entry: Entry, architecture: str, measure: Callable[[Callable[[], object
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kernels", nargs="*", help="modules of jmm_fast.kernels; default all")
+    parser.add_argument("kernels", nargs="*", help="modules of jmm_fast.kernels, or few_tokens; default all")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("tune.py needs a GPU: there is none here")
     from jmm_fast.kernels import config
+    from jmm_fast.ops.backend import unavailable
     from jmm_fast.train.environment import commit, versions
 
     architecture = config.architecture(torch.cuda.current_device())
@@ -207,6 +247,13 @@ def main() -> None:
         name = f"{entry.kernel}.{entry.table}"
         print(f"{name} {entry.key}: {tuple(best['sizes'])} {best['ms']:.3f} ms, shipped {shipped:.3f}")
         record["entries"].append({"table": name, "key": list(entry.key), "tried": len(found), "best": found[:10]})
+    if not arguments.kernels or "few_tokens" in arguments.kernels:
+        if reason := unavailable("topology_attention", "cuda"):
+            print(f"few_tokens: {reason}")
+        else:
+            record["few_tokens"] = few_tokens(cuda_milliseconds)
+            for entry in record["few_tokens"]:
+                print("few_tokens: " + ", ".join(f"{name} {value:.4g}" for name, value in entry.items()))
     path = arguments.results / f"tune_{architecture}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"written to {path}")

@@ -2,14 +2,10 @@
 
 #include <cstdint>
 
+#include "device.h"
+
 // Philox4x32-10 (Salmon et al., SC 2011) as plain integer code, for the host, for vectorising compilers and for CUDA.
 // Internal linkage: files compiled for different instruction sets include this.
-
-#if defined(__CUDACC__)
-  #define JMM_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-  #define JMM_HOST_DEVICE [[gnu::always_inline]] inline
-#endif
 
 namespace jmm_fast {
 

@@ -565,11 +565,11 @@ bool draw(const Problem& p, const Result& result, float* memory, int64_t body) {
   if (finite) cut = find_cut(b, p.tokens, p.kept, least, most, slack);
   const bool trusted = finite && cut.bound > __builtin_bit_cast(int32_t, kSmallest);
   if (!trusted) {
-    int64_t count = 0;
+    int64_t seen = 0;
     for (int64_t i = 0; i < p.tokens; ++i) {
-      if (valid == nullptr || valid[i]) b.index[count++] = static_cast<int32_t>(i);
+      if (valid == nullptr || valid[i]) b.index[seen++] = static_cast<int32_t>(i);
     }
-    cut = {0, count, p.kept};
+    cut = {0, seen, p.kept};
   }
   if (cut.ambiguous > 0) {
     select_exact(p, b, clip, valid, b.draw, cut.ambiguous, cut.wanted, trusted ? largest - 2 * error : -1.0f);

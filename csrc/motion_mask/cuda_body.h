@@ -214,6 +214,16 @@ __device__ void draw(const Problem& p, const Result& result, double* memory, int
     for (int i = thread; i < tokens; i += kThreads) m.key[i] = valid[i] ? -tokens : i;
     choice = nullptr, low = -tokens, high = tokens;
   }
+  if (!(low < high)) {
+    // One finite key at most, as where a clip holds what is not a number: all tokens would meet in one bin, each to be
+    // compared with each. Keys of the same order that differ.
+    for (int i = thread; i < tokens; i += kThreads) {
+      const double key = m.key[i];
+      const int kind = key == -infinity ? 0 : key < infinity ? 1 : key == infinity ? 2 : 3;
+      m.key[i] = kind * tokens + i;
+    }
+    low = 0, high = 4 * tokens;
+  }
   select(m, choice, tokens, kept, low, high);
 
   const int words = Memory::words_of(tokens);

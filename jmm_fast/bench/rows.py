@@ -131,22 +131,21 @@ def _attention() -> list[Row]:
 
 def _gpu_attention() -> list[Row]:
     bars = {"flex": 1.5, "sdpa": 1 / 1.15, "sdpa_mask": 4.0, "reference": 15.0}
-    return [
-        _pair(
-            "topology_attention",
-            shape,
-            "bfloat16",
-            direction,
-            "triton",
-            peer,
-            bar=bar,
-            at_most=peer == "sdpa",
-            device="cuda",
+    directions = ("forward", "forward_backward")
+
+    def row(shape, direction, ours, peer):
+        bar, at_most = bars.get(peer), peer == "sdpa"
+        return _pair(
+            *("topology_attention", shape, "bfloat16", direction, ours, peer), bar=bar, at_most=at_most, device="cuda"
         )
-        for shape in ("gpu_decoder", "gpu_encoder")
-        for direction in ("forward", "forward_backward")
-        for peer, bar in bars.items()
+
+    rows = [
+        row(shape, direction, ours, peer)
+        for shape, ours in (("gpu_decoder", "triton"), ("gpu_encoder", "triton"), ("gpu_encoder", "cuda"))
+        for direction in directions
+        for peer in bars
     ]
+    return rows + [row("gpu_encoder", direction, "cuda", "triton") for direction in directions]
 
 
 def _pair(op, shape, dtype, direction, ours, against, **bar) -> Row:

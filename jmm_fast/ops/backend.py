@@ -29,7 +29,7 @@ _NATIVE = {
 _TRITON = ("clip_window", "motion_loss", "token_grid", "topology_attention")
 """Ops that have a Triton kernel, in the module of ``jmm_fast.kernels`` of the same name."""
 
-_CUDA = {"motion_mask": "motion_mask_cuda"}
+_CUDA = {"motion_mask": "motion_mask_cuda", "topology_attention": "topology_attention_cuda_forward"}
 """Ops that the CUDA extension implements, each with the schema that it serves."""
 
 _found: dict[tuple[str, str], str | None] = {}
@@ -115,15 +115,23 @@ def unavailable(op: str, backend: str) -> str | None:
 unavailable._dynamo_marked_constant = True
 
 
-def choose(op: str, backend: str, tensor: Tensor, refusal: str | None = None, gpu_refusal: str | None = None) -> str:
+def shared_memory(device: int) -> int:
+    """Bytes of shared memory that a block on a CUDA device may ask for. Traced code sees a constant."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+shared_memory._dynamo_marked_constant = True
+
+
+def choose(op: str, backend: str, tensor: Tensor, *, unloved: tuple[str, ...] = (), **refusals: str | None) -> str:
     """The backend that runs this call.
 
     Args:
         op: noun of the op.
         backend: what the caller asked for. ``"auto"`` takes the fastest that can and never raises for that.
         tensor: the input whose device decides.
-        refusal: why the C++ kernel cannot take these arguments (a dtype, a size), if it cannot.
-        gpu_refusal: the same of the kernels for GPUs.
+        unloved: backends that ``"auto"`` passes over though they can, for these sizes.
+        refusals: by name of the backend, why its kernel cannot take these arguments (a dtype, a size), if it cannot.
 
     Raises:
         ValueError: the backend is unknown, or was asked for by name and cannot run; the sentence says why.
@@ -131,10 +139,10 @@ def choose(op: str, backend: str, tensor: Tensor, refusal: str | None = None, gp
     if backend == "reference":
         return backend
     if backend == "auto":
-        if tensor.device.type == "cpu":
-            return "cpu" if refusal is None and unavailable(op, "cpu") is None else "reference"
-        if tensor.device.type == "cuda" and gpu_refusal is None:
-            return next((kind for kind in ("cuda", "triton") if unavailable(op, kind) is None), "reference")
+        candidates = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(tensor.device.type, ())
+        for kind in candidates:
+            if kind not in unloved and refusals.get(kind) is None and unavailable(op, kind) is None:
+                return kind
         return "reference"
     if backend not in BACKENDS:
         raise ValueError(f'backend must be "auto", {", ".join(map(repr, BACKENDS))}, got {backend!r}'.replace("'", '"'))
@@ -143,7 +151,7 @@ def choose(op: str, backend: str, tensor: Tensor, refusal: str | None = None, gp
     if reason is None and tensor.device.type != home:
         reason = f"it runs on {home.upper()} tensors, got a tensor on {tensor.device}"
     if reason is None:
-        reason = refusal if backend == "cpu" else gpu_refusal
+        reason = refusals.get(backend)
     if reason is not None:
         raise ValueError(f'{op}: backend "{backend}" cannot run: {reason}')
     return backend

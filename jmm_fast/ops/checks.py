@@ -7,6 +7,7 @@ from torch import Tensor
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 TRITON_DTYPES = (*NATIVE_DTYPES, torch.float16)
+KERNEL_DTYPES = {"cpu": NATIVE_DTYPES, "triton": TRITON_DTYPES}
 
 
 def either(dtypes: tuple[torch.dtype, ...]) -> str:

@@ -58,11 +58,12 @@ def clip_window(
         checks.require(angles.shape == (start.shape[0], 3), "angles", lambda: f"floating [{start.shape[0]}, 3]", angles)
     checks.require(isinstance(window, int) and window >= 1, "window", "a positive integer", window)
     checks.same_device(frames=frames, start=start, length=length, angles=angles)
-    refusal = None if frames.dtype == torch.float32 else f"frames must be float32, got {checks.describe(frames)}"
-    gpu_refusal = None
+    refusals = {}
+    if frames.dtype != torch.float32:
+        refusals["cpu"] = f"frames must be float32, got {checks.describe(frames)}"
     if frames.dtype not in checks.TRITON_DTYPES:
-        gpu_refusal = f"frames must be {checks.either(checks.TRITON_DTYPES)}, got {checks.describe(frames)}"
-    backend = choose("clip_window", backend, frames, refusal, gpu_refusal)
+        refusals["triton"] = f"frames must be {checks.either(checks.TRITON_DTYPES)}, got {checks.describe(frames)}"
+    backend = choose("clip_window", backend, frames, **refusals)
     return torch.ops.jmm_fast.clip_window(frames, start, length, angles, window, backend)
 
 

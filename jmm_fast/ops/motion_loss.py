@@ -91,8 +91,8 @@ def motion_loss(
                 f"prediction must be [B,L,u*C], or [B,M,u*C] with M masked tokens in every body, got "
                 f"{list(prediction.shape)} where bodies have {masked.min()} to {masked.max()} of {tokens} tokens masked"
             )
-    refusals = (_refusal(prediction, clips, types) for types in (checks.NATIVE_DTYPES, checks.TRITON_DTYPES))
-    function = _FUNCTIONS.get(choose("motion_loss", backend, prediction, *refusals))
+    refusals = {kind: _refusal(prediction, clips, types) for kind, types in checks.KERNEL_DTYPES.items()}
+    function = _FUNCTIONS.get(choose("motion_loss", backend, prediction, **refusals))
     if function is not None:
         return function.apply(prediction, clips, mask, t_patch, stride, bool(normalize), valid)
     return torch.ops.jmm_fast.motion_loss(

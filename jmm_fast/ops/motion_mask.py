@@ -151,10 +151,10 @@ def motion_mask(
         ),
         None,
     )
-    gpu_refusal = refusal
+    refusals = {"cpu": refusal, "cuda": refusal}
     if tokens > MOST_TOKENS:
-        gpu_refusal = f"clips must have at most {MOST_TOKENS} tokens a body, got {tokens}"
-    backend = choose("motion_mask", backend, clips, refusal, gpu_refusal)
+        refusals["cuda"] = f"clips must have at most {MOST_TOKENS} tokens a body, got {tokens}"
+    backend = choose("motion_mask", backend, clips, **refusals)
     return MotionMask(
         *torch.ops.jmm_fast.motion_mask(
             clips, mask_ratio, tau, t_patch, variant, gate, uniform, seed, epoch, clip_ids, backend, valid, epoch_at

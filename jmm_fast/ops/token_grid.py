@@ -60,7 +60,7 @@ def token_grid_gather(clips: Tensor, visible: Tensor, *, t_patch: int = 4, backe
     )
     checks.require(visible.shape[0] == clips.shape[0], "visible", lambda: f"int64 [{clips.shape[0]},K]", visible)
     checks.same_device(clips=clips, visible=visible)
-    backend = choose("token_grid", backend, clips, *_refusals(clips=clips))
+    backend = choose("token_grid", backend, clips, **_refusals(clips=clips))
     if backend in ("cpu", "triton"):
         return _NativeGather.apply(clips, visible, t_patch, backend)
     return torch.ops.jmm_fast.token_grid_gather(clips, visible, t_patch)
@@ -134,16 +134,16 @@ def token_grid_scatter(
     refusals = _refusals(
         tokens=tokens, mask_token=mask_token, joint_embedding=joint_embedding, time_embedding=time_embedding
     )
-    backend = choose("token_grid", backend, tokens, *refusals)
+    backend = choose("token_grid", backend, tokens, **refusals)
     if backend in ("cpu", "triton"):
         return _NativeScatter.apply(tokens, restore, mask_token, joint_embedding, time_embedding, backend)
     return torch.ops.jmm_fast.token_grid_scatter(tokens, restore, mask_token, joint_embedding, time_embedding)
 
 
-def _refusals(**tensors: Tensor) -> list[str | None]:
+def _refusals(**tensors: Tensor) -> dict[str, str | None]:
     """Why the C++ and the Triton kernel cannot take these inputs; None where one can."""
-    return [
-        next(
+    return {
+        kind: next(
             (
                 f"it takes {checks.either(types)} {name}, got {checks.describe(tensor)}"
                 for name, tensor in tensors.items()
@@ -151,8 +151,8 @@ def _refusals(**tensors: Tensor) -> list[str | None]:
             ),
             None,
         )
-        for types in (checks.NATIVE_DTYPES, checks.TRITON_DTYPES)
-    ]
+        for kind, types in checks.KERNEL_DTYPES.items()
+    }
 
 
 _KERNELS = {

@@ -5,11 +5,21 @@ from torch import Tensor
 
 from jmm_fast import reference
 from jmm_fast.ops import checks
-from jmm_fast.ops.backend import choose, library, on_triton
+from jmm_fast.ops.backend import choose, library, on_triton, shared_memory
 
 MODES = ("add", "scale")
 _MAX_HEAD_DIM = 128
 _MAX_JOINTS = 128
+
+CUDA_DTYPES = (torch.bfloat16, torch.float16)
+CUDA_WIDTHS = (16, 32, 64)
+CUDA_TOKENS = 128
+CUDA_JOINTS = 64
+"""What the CUDA kernel takes at most; see also :func:`cuda_shared_memory`."""
+
+AUTO_CUDA_TOKENS = 80
+"""Up to how many tokens ``auto`` takes the CUDA kernel and not Triton's. By arithmetic: up to here five tiles of 16 fit
+closer than blocks of 64 or 128. Not yet measured on a GPU; ``bench/tune.py`` compares both."""
 
 library.define(
     "topology_attention(Tensor q, Tensor k, Tensor v, Tensor? table, Tensor? joints, bool multiply, float scale) "
@@ -25,9 +35,9 @@ _SCHEMAS = {
     "Tensor statistics, bool multiply, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
 }
 for _name, _schema in _SCHEMAS.items():
-    # In C++ for the CPU; as Triton kernels, on CUDA tensors or in Triton's interpreter.
-    library.define(f"topology_attention_{_name}{_schema}")
-    library.define(f"topology_attention_triton_{_name}{_schema}")
+    # In C++ for the CPU; in CUDA C++; as Triton kernels, on CUDA tensors or in Triton's interpreter.
+    for _kind in ("", "cuda_", "triton_"):
+        library.define(f"topology_attention_{_kind}{_name}{_schema}")
 
 
 def topology_attention(
@@ -55,7 +65,9 @@ def topology_attention(
         mode: ``"add"`` or ``"scale"``.
         scale: None means ``1/sqrt(D)``.
         backend: see ``jmm_fast.backends()``. ``"cpu"`` takes float32 or bfloat16 with ``D <= 128`` and a
-            float32 table; ``"triton"`` takes float16 too, and up to 128 joints.
+            float32 table; ``"triton"`` takes float16 too, and up to 128 joints; ``"cuda"`` bfloat16 and float16 of at
+            most 128 tokens with ``D`` 16, 32 or 64 and up to 64 joints. ``"auto"`` on a GPU takes ``"cuda"`` up to 80
+            tokens where it is built, else ``"triton"``.
 
     Returns:
         ``[B,H,N,D]``; differentiable in ``q``, ``k``, ``v`` and ``table``.
@@ -99,8 +111,16 @@ def topology_attention(
     if joints is not None:
         joints = joints.long()
     scale = dim**-0.5 if scale is None else float(scale)
-    backend = choose("topology_attention", backend, q, _refusal(q, table), _gpu_refusal(q, table))
-    if backend in ("cpu", "triton"):
+    backend = choose(
+        "topology_attention",
+        backend,
+        q,
+        unloved=("cuda",) if length > AUTO_CUDA_TOKENS else (),
+        cpu=_refusal(q, table),
+        triton=_triton_refusal(q, table),
+        cuda=_cuda_refusal(q, table),
+    )
+    if backend in _KERNELS:
         return _NativeAttention.apply(q, k, v, table, joints, mode == "scale", scale, backend)
     return torch.ops.jmm_fast.topology_attention(q, k, v, table, joints, mode == "scale", scale)
 
@@ -116,7 +136,7 @@ def _refusal(q: Tensor, table: Tensor | None) -> str | None:
     return None
 
 
-def _gpu_refusal(q: Tensor, table: Tensor | None) -> str | None:
+def _triton_refusal(q: Tensor, table: Tensor | None) -> str | None:
     """Why the Triton kernel cannot take these inputs; None when it can."""
     if q.dtype not in checks.TRITON_DTYPES:
         return f"it takes {checks.either(checks.TRITON_DTYPES)}, got {checks.describe(q)}"
@@ -127,11 +147,49 @@ def _gpu_refusal(q: Tensor, table: Tensor | None) -> str | None:
     return None
 
 
+def cuda_shared_memory(length: int, dim: int, joints: int) -> int:
+    """Bytes of shared memory that a block of the CUDA kernel's backward pass takes, the larger of the two passes."""
+    tokens = -(-length // 16) * 16
+    values_and_terms = 2 * tokens * (dim + 8) + 4 * joints * (tokens + 8)
+    gradient_of_terms = 4 * tokens * (8 + (32 if joints <= 32 else 64)) if joints else 0
+    return (
+        6 * tokens * (dim + 8)
+        + 4 * tokens * (max(tokens, dim) + 8)
+        + max(values_and_terms, gradient_of_terms)
+        + 4 * (joints * joints + tokens + 4 * joints)
+    )
+
+
+def _cuda_refusal(q: Tensor, table: Tensor | None) -> str | None:
+    """Why the CUDA kernel cannot take these inputs; None when it can."""
+    *_, length, dim = q.shape
+    if q.dtype not in CUDA_DTYPES:
+        return f"it takes {checks.either(CUDA_DTYPES)}, got {checks.describe(q)}"
+    if dim not in CUDA_WIDTHS:
+        return f"it takes a head width of 16, 32 or 64, got {checks.describe(q)}"
+    if length > CUDA_TOKENS:
+        return f"it takes at most {CUDA_TOKENS} tokens, got {checks.describe(q)}"
+    if table is not None and (table.dtype != torch.float32 or table.shape[1] > CUDA_JOINTS):
+        return f"it takes a float32 table of at most {CUDA_JOINTS} joints, got {checks.describe(table)}"
+    if q.is_cuda:
+        needed, there = (
+            cuda_shared_memory(length, dim, 0 if table is None else table.shape[1]),
+            shared_memory(q.get_device()),
+        )
+        if needed > there:
+            return f"a block would take {needed} bytes of shared memory, this GPU has {there}"
+    return None
+
+
 _KERNELS = {
     "cpu": (torch.ops.jmm_fast.topology_attention_forward, torch.ops.jmm_fast.topology_attention_backward),
     "triton": (
         torch.ops.jmm_fast.topology_attention_triton_forward,
         torch.ops.jmm_fast.topology_attention_triton_backward,
+    ),
+    "cuda": (
+        torch.ops.jmm_fast.topology_attention_cuda_forward,
+        torch.ops.jmm_fast.topology_attention_cuda_backward,
     ),
 }
 
@@ -167,12 +225,14 @@ def _token_major(x: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("jmm_fast::topology_attention_triton_forward", lib=library)
+@torch.library.register_fake("jmm_fast::topology_attention_cuda_forward", lib=library)
 @torch.library.register_fake("jmm_fast::topology_attention_forward", lib=library)
 def _fake_forward(q, k, v, table, joints, multiply, scale):
     return _token_major(q), q.new_empty((2, *q.shape[:3]), dtype=torch.float32)
 
 
 @torch.library.register_fake("jmm_fast::topology_attention_triton_backward", lib=library)
+@torch.library.register_fake("jmm_fast::topology_attention_cuda_backward", lib=library)
 @torch.library.register_fake("jmm_fast::topology_attention_backward", lib=library)
 def _fake_backward(grad_out, q, k, v, table, joints, out, statistics, multiply, scale):
     dtable = q.new_empty((0,) if table is None else table.shape, dtype=torch.float32)

@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FLAGS = ("-std=c++20", "-O2", "-Wall", "-Wextra", "-Wno-unused-function", "-shared", "-fPIC", "-fno-strict-aliasing")
+FLAGS = (
+    "-std=c++20",
+    "-O2",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unused-function",
+    "-Wno-unknown-pragmas",
+    "-shared",
+    "-fPIC",
+    "-fno-strict-aliasing",
+)
 UNDEFINED = ("-fsanitize=undefined", "-fno-sanitize-recover=all")
 
 

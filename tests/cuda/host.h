@@ -19,6 +19,11 @@ enum Barrier : int { kEnd, kBlock, kShuffle };
 
 constexpr int kMostThreads = 1024, kStack = 64 << 10;
 
+/// What a lane shows the others of its warp.
+struct Words {
+  uint32_t word[8];
+};
+
 struct Block {
   int running = 0;
   ucontext_t scheduler;
@@ -27,6 +32,7 @@ struct Block {
   std::vector<int> waiting = std::vector<int>(kMostThreads);  ///< a Barrier
   std::vector<int> turn = std::vector<int>(kMostThreads);     ///< shuffles so far
   uint64_t slots[2][kMostThreads];                            ///< of the shuffles, two sets in turn
+  Words shown[2][kMostThreads];                               ///< the same of larger things
 };
 
 inline Block block;
@@ -53,6 +59,14 @@ T exchange(T value, int from) {
   return value;
 }
 
+/// Shows `words` to the warp, waits for what the other lanes show, and returns that of the first lane.
+inline const Words* show(const Words& words) {
+  Words* shown = block.shown[block.turn[block.running]++ % 2];
+  shown[block.running] = words;
+  wait(kShuffle);
+  return shown + block.running / 32 * 32;
+}
+
 }  // namespace host
 
 struct ThreadIndex {
@@ -62,6 +76,11 @@ struct ThreadIndex {
 } inline constexpr threadIdx{};
 
 inline void __syncthreads() { host::wait(host::kBlock); }
+
+inline void __syncwarp() {
+  ++host::block.turn[host::block.running];
+  host::wait(host::kShuffle);
+}
 
 // A shuffle of all lanes; blocks of whole warps only.
 template <typename T>
@@ -74,6 +93,15 @@ T __shfl_up_sync(unsigned, T value, int distance) {
   const int lane = host::block.running % 32;
   return host::exchange(value, host::block.running - (lane >= distance ? distance : 0));
 }
+
+inline unsigned __ballot_sync(unsigned, bool predicate) {
+  const host::Words* lanes = host::show({{predicate}});
+  unsigned bits = 0;
+  for (int lane = 0; lane < 32; ++lane) bits |= lanes[lane].word[0] << lane;
+  return bits;
+}
+
+inline int __ffs(int x) { return __builtin_ffs(x); }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
@@ -98,8 +126,8 @@ namespace host {
   swapcontext(&block.scheduler, &block.fibers[thread]);
 }
 
-/// The `i`-th of `count` in an order: upwards (0), downwards (1) or mixed up (odd numbers from 3 on, which permute a
-/// power of two).
+/// The `i`-th of `count` in an order: upwards (0), downwards (1) or mixed up (numbers from 3 on that have no divisor
+/// in common with it).
 inline int pick(int i, int count, int order) { return order == 0 ? i : order == 1 ? count - 1 - i : i * order % count; }
 
 /// Runs a warp up to the next barrier of its block. Returns that barrier, or -1 if its threads parted.

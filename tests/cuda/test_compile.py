@@ -76,7 +76,8 @@ def test_the_module_registers_its_kernels(tmp_path):
     run(tools["cmake"], "--build", build)
     code = """
 import torch, jmm_fast.ops, _cuda
-assert torch._C._dispatch_has_kernel_for_dispatch_key("jmm_fast::motion_mask_cuda", "CUDA")
+for name in ("motion_mask_cuda", "topology_attention_cuda_forward", "topology_attention_cuda_backward"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"jmm_fast::{name}", "CUDA"), name
 print(_cuda.load_error())
 """
     said = run(sys.executable, "-c", code, PYTHONPATH=f"{build}:{ROOT}", LD_LIBRARY_PATH=str(libraries))

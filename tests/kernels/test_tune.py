@@ -55,3 +55,22 @@ def test_the_table_stays_when_the_search_breaks_off():
     with pytest.raises(KeyboardInterrupt):
         tune.tune(entry(), "sm_90", interrupted)
     assert kernel.FORWARD["sm_90"] == before
+
+
+def test_backends_are_compared_at_few_tokens():
+    ran = []
+
+    def measure(run):
+        ran.append(run())
+        return float(len(ran))
+
+    found = tune.few_tokens(measure, lengths=(5, 9), backends=("reference", "auto"), bodies=2, device="cpu")
+    assert found[1] == {
+        "tokens": 9,
+        "reference forward": 5.0,
+        "reference backward": 6.0,
+        "auto forward": 7.0,
+        "auto backward": 8.0,
+    }
+    assert ran[0].shape == (2, 8, 5, 32) and not ran[0].requires_grad
+    assert [x.shape for x in ran[1]] == [(2, 5, 3, 8, 32), (8, 25, 25)]
