@@ -28,6 +28,7 @@ NORM, NORM_BACKWARD, GELU, GELU_BACKWARD, COLUMNS = (
     dict.fromkeys(config.ARCHITECTURES.values(), table)
     for table in (_NORM, _NORM_BACKWARD, _GELU, _GELU_BACKWARD, _COLUMNS)
 )
+NORM_BACKWARD["sm_100"] = {(4, ANY): (512, 16, 4)}
 """Numbers in a tile of whole rows, warps; the same with the tiles of a program between; rows, columns, warps; rows,
 columns, tiles of a program, warps (twice). Not yet measured on a GPU."""
 
@@ -37,12 +38,15 @@ FUSED = dict.fromkeys(config.ARCHITECTURES.values(), _FUSED)
 """Products by cuBLAS until the fused kernels are measured to be faster on an architecture."""
 
 # (bytes an element, width) at most -> rows, hidden columns, warps, stages; and of weights, spans of rows before them.
-_MLP = {(2, 256): (64, 32, 4, 2), (4, 128): (16, 16, 4, 1), (4, 256): (16, 16, 8, 1)}
-_MLP_INPUT = {(2, 256): (64, 32, 8, 1), (4, 128): (16, 16, 8, 1), (4, 256): (16, 16, 8, 1)}
-_MLP_WEIGHTS = {(2, 256): (16, 32, 64, 8, 1), (4, 128): (16, 16, 16, 8, 1), (4, 256): (16, 16, 16, 8, 1)}
+_MLP = {(2, 256): (128, 32, 8, 2), (4, 128): (16, 16, 4, 1), (4, 256): (16, 16, 16, 1)}
+_MLP_INPUT = {(2, 256): (128, 32, 8, 2), (4, 128): (16, 16, 8, 1), (4, 256): (16, 16, 8, 1)}
+_MLP_WEIGHTS = {(2, 256): (32, 32, 16, 8, 1), (4, 256): (16, 16, 16, 8, 1)}
 MLP, MLP_INPUT, MLP_WEIGHTS = (
     dict.fromkeys(config.ARCHITECTURES.values(), table) for table in (_MLP, _MLP_INPUT, _MLP_WEIGHTS)
 )
+MLP["sm_80"] = _MLP | {(2, 256): (64, 64, 8, 2)}
+MLP_INPUT["sm_80"] = _MLP_INPUT | {(2, 256): (64, 64, 8, 2)}
+MLP_WEIGHTS["sm_100"] = _MLP_WEIGHTS | {(2, 256): (32, 64, 16, 8, 1)}
 """Sizes that compile without spills on each architecture; not yet measured on a GPU."""
 
 MOST_FUSED = 256
@@ -241,22 +245,48 @@ def _mlp(
 
 
 @triton.jit
+def _by_depth(
+    X, Weight, row, unit, rows, hidden, width, unit_stride, column_stride,
+    BR: tl.constexpr, BH: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows times units by pieces of the depth: products of floats hold whole operands in registers."""
+    PIECE: tl.constexpr = 64 if DP > 64 else DP
+    acc = tl.zeros([BR, BH], tl.float32)
+    for begin in range(0, width, PIECE):
+        column = begin + tl.arange(0, PIECE)
+        x = _tile(X, row, column, rows, width, width, tl.float32)
+        inside = (unit < hidden)[:, None] & (column < width)[None, :]
+        at = Weight + unit[:, None] * unit_stride + column[None, :] * column_stride
+        weight = tl.load(at, mask=inside, other=0.0)
+        acc = tl.dot(x, tl.trans(weight), acc=acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def _mlp_input(
     Grad, N, W1, Bias, W2, Out, rows, width, hidden,
     BR: tl.constexpr, BH: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """Gradient of ``BR`` rows of ``n``; the hidden layer is made again."""
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     column = tl.arange(0, DP)
-    n = _tile(N, row, column, rows, width, width, DOT)
-    grad = _tile(Grad, row, column, rows, width, width, DOT)
+    if not EXACT:
+        n = _tile(N, row, column, rows, width, width, DOT)
+        grad = _tile(Grad, row, column, rows, width, width, DOT)
     acc = tl.zeros([BR, DP], tl.float32)
     for begin in range(0, hidden, BH):
         unit = begin + tl.arange(0, BH)
-        h, first = _hidden(n, W1, Bias, unit, column, width, hidden, DOT, PRECISION)
+        if EXACT:
+            first = _tile(W1, unit, column, hidden, width, width, DOT)
+            h = _by_depth(N, W1, row, unit, rows, hidden, width, width, 1, BR, BH, DP, PRECISION)
+            h += tl.load(Bias + unit, mask=unit < hidden, other=0.0)[None, :]
+            dh = _by_depth(Grad, W2, row, unit, rows, hidden, width, 1, hidden, BR, BH, DP, PRECISION)
+        else:
+            h, first = _hidden(n, W1, Bias, unit, column, width, hidden, DOT, PRECISION)
+            dh = tl.dot(grad, _tile(W2, column, unit, width, hidden, hidden, DOT), input_precision=PRECISION)
         _, cdf = _gelu(h)
-        second = _tile(W2, column, unit, width, hidden, hidden, DOT)
-        dh = tl.dot(grad, second, input_precision=PRECISION) * _slope(h, cdf)
+        dh *= _slope(h, cdf)
         acc = tl.dot(dh.to(DOT), first, acc=acc, input_precision=PRECISION)
     both = (row < rows)[:, None] & (column < width)[None, :]
     tl.store(Out + row[:, None] * width + column[None, :], acc.to(Out.dtype.element_ty), mask=both)
@@ -459,7 +489,7 @@ def mlp_fused_backward(
     if dn.numel():
         _mlp_input[(triton.cdiv(count, rows),)](
             grad, n, weight1, bias, weight2, dn, count, width, hidden,
-            BR=rows, BH=units, **_operands(n), num_warps=warps, num_stages=stages,
+            BR=rows, BH=units, **_operands(n), EXACT=n.dtype == torch.float32, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     rows, units, spans, warps, stages = config.choose(MLP_WEIGHTS, n)
     span = triton.cdiv(triton.cdiv(count, spans), rows) * rows
