@@ -389,7 +389,7 @@ def add_norm_backward(
         place = None
         if rows is not None:
             place = torch.full((total,), -1, dtype=torch.int64, device=rows.device)
-            place[rows] = torch.arange(len(rows), device=rows.device)
+            place.scatter_(0, rows, torch.arange(len(rows), device=rows.device))
         inputs = (_dense(given, dx) for given in (grad, stream, y, statistics, factor, place, weight))
         _add_norm_backward[(programs,)](
             *inputs, dx, dbranch, partial, total if rows is None else len(rows), total, tokens, width,

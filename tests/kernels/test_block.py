@@ -1,6 +1,7 @@
 """The Triton kernels around a block's products against the plain composition in float64: on a GPU, or interpreted."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,12 +68,7 @@ def plain(x, branch, bias, factor, rows, weight, shift, eps, dtype):
 
 
 def ours(x, branch, bias, factor, rows, weight, shift, eps, dtype):
-    norm = None
-    if weight is not None:
-        norm = nn.LayerNorm(x.shape[2], eps=eps)
-        norm.weight, norm.bias = nn.Parameter(weight), nn.Parameter(shift)
-        del norm._parameters["weight"], norm._parameters["bias"]
-        norm.weight, norm.bias = weight, shift
+    norm = None if weight is None else SimpleNamespace(weight=weight, bias=shift, eps=eps)
     y, n = ops.block._add_norm(ops.Stream(x, branch, bias, factor, rows), norm, dtype)
     return y, None if norm is None else n
 
@@ -472,3 +468,43 @@ def test_compile_and_export(device):
     with torch.no_grad():
         program = torch.export.export(model.encoder, (clips, mask.visible))
         torch.testing.assert_close(program.module()(clips, mask.visible), model.encoder(clips, mask.visible))
+
+
+@pytest.mark.skipif(not GPU, reason="a GPU alone captures graphs")
+def test_a_graph_captures_a_stack_forward_and_backward(device):
+    stack, _ = stacks(device)
+    x = torch.randn(2, 40, 32, device=device, requires_grad=True)
+    keep = torch.stack([torch.randperm(40)[:17] for _ in range(2)]).to(device)
+    joints = torch.arange(40, device=device) % 25
+
+    def run():
+        with torch.autocast(device, dtype=BF16):
+            out = stack(x, joints, keep)
+        return out, *torch.autograd.grad(out.square().sum(), [x, *stack.parameters()])
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            eager = run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    graph.replay()
+    for a, b in zip(captured, eager, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(not GPU, reason="takes 9 GiB and, in the interpreter, hours")
+def test_places_beyond_32_bits(device):
+    from jmm_fast.kernels import block as kernel
+
+    if torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("takes 9 GiB, and this GPU has less to spare")
+    rows = 2**21 + 3
+    x = torch.zeros(rows, 1024, device=device, dtype=BF16)
+    x[-1] = 1
+    out = kernel.bias_gelu(x, torch.zeros(1024, device=device))
+    assert torch.equal(out[-1].float(), functional.gelu(torch.ones(1024, device=device)).bfloat16().float())
+    assert not out[:-1].any()
