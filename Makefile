@@ -46,7 +46,7 @@ test: lint
 # On a GPU: all tests of kernels for it, then some of them under compute-sanitizer. A few minutes; elsewhere it says why not.
 GPU := $(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "skipped: torch " + torch.__version__ + " finds no CUDA GPU on this machine")'
 CHECKER := compute-sanitizer
-CHECKED := tests/kernels -k "test_parity_over_shapes or test_parity_over_head_widths or test_many_bodies_and_views or test_few_and_all_visible or test_masked_tokens_alone or test_short_floats"
+CHECKED := tests/kernels -k "test_parity_over_shapes or test_parity_over_head_widths or test_many_bodies_and_views or test_few_and_all_visible or test_masked_tokens_alone or test_short_floats or test_parts_of_the_stream"
 
 test-gpu: install
 	@if $(GPU); then set -e; \

@@ -104,6 +104,56 @@ def loss(dtype: torch.dtype) -> Callable[[], Callable[[], object]]:
     return prepare
 
 
+def patches() -> Callable[[], object]:
+    from jmm_fast.kernels import token_grid as kernel
+
+    clips = torch.randn(BODIES, 120, 25, 3, device="cuda")
+    visible = torch.rand(BODIES, 750, device="cuda").argsort(1)[:, :74].sort(1).values
+    return lambda: kernel.gather_forward(clips, visible, 4)
+
+
+def stream(backward: bool) -> Callable[[], Callable[[], object]]:
+    def prepare() -> Callable[[], object]:
+        from jmm_fast.kernels import block as kernel
+
+        x = torch.randn(BODIES, 750, 256, device="cuda")
+        branch, parameter = x.bfloat16(), torch.randn(256, device="cuda")
+        inputs = (x, branch, parameter, None, None, parameter, parameter, 1e-5, branch.dtype)
+        if not backward:
+            return lambda: kernel.add_norm(*inputs)
+        y, n, held = kernel.add_norm(*inputs)
+        return lambda: kernel.add_norm_backward(n, x, y, held, None, None, parameter, 750, branch.dtype)
+
+    return prepare
+
+
+def mlp(part: str) -> Callable[[], Callable[[], object]]:
+    """A part of the released model's MLP; ``either`` is the whole, in the form that ``FUSED`` names."""
+
+    def prepare() -> Callable[[], object]:
+        from jmm_fast.kernels import block as kernel
+
+        n = torch.randn(BODIES * 750, 256, device="cuda", dtype=torch.bfloat16)
+        first, second = (torch.randn(1024, 256, device="cuda", dtype=n.dtype) / 16 for _ in range(2))
+        second, bias = second.t().contiguous(), torch.randn(1024, device="cuda")
+
+        def either() -> object:
+            out, hidden = kernel.mlp(n, first, bias, second)
+            return kernel.mlp_backward(out, n, first, bias, second, hidden)
+
+        hidden = n @ first.t()
+        return {
+            "either": either,
+            "gelu": lambda: kernel.bias_gelu(hidden, bias),
+            "gelu_backward": lambda: kernel.bias_gelu_backward(hidden, hidden, bias),
+            "sums": lambda: kernel.column_sums(hidden),
+            "fused": lambda: kernel.mlp_fused(n, first, bias, second),
+            "fused_backward": lambda: kernel.mlp_fused_backward(n, n, first, bias, second),
+        }[part]
+
+    return prepare
+
+
 def grid(backward: bool) -> Callable[[], Callable[[], object]]:
     def prepare() -> Callable[[], object]:
         from jmm_fast.kernels import token_grid as kernel
@@ -169,6 +219,59 @@ def entries() -> list[Entry]:
             candidates=tiles,
         ),
         Entry(kernel="token_grid", table="SUM", key=(4, ANY), launch=grid(backward=True), candidates=tiles),
+        Entry(
+            kernel="token_grid",
+            table="ROWS",
+            key=(4, ANY),
+            launch=grid(backward=True),
+            candidates=itertools.product((8, 16, 32), (64, 128, 256), (32, 64, 128), warps),
+        ),
+        Entry(
+            kernel="token_grid",
+            table="PATCHES",
+            key=(4, ANY),
+            launch=patches,
+            candidates=itertools.product(sizes, warps),
+        ),
+        Entry(
+            kernel="block",
+            table="NORM",
+            key=(4, ANY),
+            launch=stream(backward=False),
+            candidates=itertools.product(sizes, warps),
+        ),
+        Entry(
+            kernel="block",
+            table="NORM_BACKWARD",
+            key=(4, ANY),
+            launch=stream(backward=True),
+            candidates=itertools.product(sizes, (2, 4, 8, 16, 32), warps),
+        ),
+        Entry(
+            kernel="block",
+            table="GELU",
+            key=(4, ANY),
+            launch=mlp("gelu"),
+            candidates=itertools.product((8, 16, 32, 64), (64, 128, 256), warps),
+        ),
+    ]
+    found += [
+        Entry(kernel="block", table=table, key=(4, ANY), launch=mlp(part), candidates=tiles)
+        for table, part in (("GELU_BACKWARD", "gelu_backward"), ("COLUMNS", "sums"))
+    ]
+    products = list(itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3)))
+    spans = [(rows, units, count, *rest) for rows, units, *rest in products for count in (8, 16, 32)]
+    found += [
+        Entry(kernel="block", table="MLP", key=(2, 256), launch=mlp("fused"), candidates=products),
+        Entry(kernel="block", table="MLP_INPUT", key=(2, 256), launch=mlp("fused_backward"), candidates=products),
+        Entry(kernel="block", table="MLP_WEIGHTS", key=(2, 256), launch=mlp("fused_backward"), candidates=spans),
+        Entry(
+            kernel="block",
+            table="FUSED",
+            key=(2, 256, 1024),
+            launch=mlp("either"),
+            candidates=[(False,), (True,)],
+        ),
         Entry(
             kernel="clip_window",
             table="CUT",

@@ -44,11 +44,11 @@ def dot_dtype(dtype: torch.dtype) -> tl.dtype:
 
 
 def on_device(launch: Callable[_P, _R]) -> Callable[_P, _R]:
-    """A launcher that runs on the GPU of its first argument, whichever is the current one."""
+    """A launcher that runs on the GPU of its first tensor, whichever is the current one."""
 
     @functools.wraps(launch)
     def guarded(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        with torch.cuda.device_of(args[0]):
+        with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, Tensor))):
             return launch(*args, **kwargs)
 
     return guarded

@@ -45,8 +45,9 @@ _KEYS = {
     (4, 128, ANY): (16, 16, 8, 1),
 }
 FORWARD, QUERIES, KEYS = (dict.fromkeys(config.ARCHITECTURES.values(), table) for table in (_FORWARD, _QUERIES, _KEYS))
-KEYS["sm_80"] = _KEYS | {(2, 64, ANY): (64, 32, 4, 2)}
-"""Sizes that compile without spills on each architecture; not yet measured on a GPU."""
+KEYS["sm_80"] = _KEYS | {(2, 64, ANY): (32, 64, 4, 2)}
+KEYS["sm_100"] = _KEYS | {(2, 64, 128): (32, 32, 4, 1)}
+"""Sizes that compile without spills on each architecture, by Triton 3.6 as by 3.9; not yet measured on a GPU."""
 
 
 @triton.jit
@@ -372,11 +373,50 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``q``, ``k``, ``v`` (laid out token by token) and of the table (empty without one)."""
-    bodies, heads, length, _ = q.shape
     dq, dk, dv = _token_major(q), _token_major(q), _token_major(q)
+    dtable = _gradients(grad, q, k, v, table, joints, out, statistics, multiply, scale, dq, dk, dv)
+    return dq, dk, dv, dtable
+
+
+@config.on_device
+def packed_backward(
+    grad: Tensor,
+    packed: Tensor,
+    table: Tensor | None,
+    joints: Tensor | None,
+    out: Tensor,
+    statistics: Tensor,
+    multiply: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The same for packed queries, keys and values ``[B,N,3*H*D]``: one gradient, packed like them."""
+    dpacked = torch.empty_like(packed, memory_format=torch.contiguous_format)
+    heads = out.shape[1]
+    parts, into = (x.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4) for x in (packed, dpacked))
+    dtable = _gradients(grad, *parts, table, joints, out, statistics, multiply, scale, *into)
+    return dpacked, dtable
+
+
+def _gradients(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor | None,
+    joints: Tensor | None,
+    out: Tensor,
+    statistics: Tensor,
+    multiply: bool,
+    scale: float,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> Tensor:
+    """Fills ``dq``, ``dk`` and ``dv``, all of the same strides; gives the table's gradient."""
+    bodies, heads, length, _ = q.shape
     shape = (0,) if table is None else table.shape
     if not q.numel():
-        return dq, dk, dv, q.new_zeros(shape, dtype=torch.float32)
+        return q.new_zeros(shape, dtype=torch.float32)
     term, numbers, step, count = _term(q, table, joints)
     constants = _constants(q, table, multiply)
     rows, columns, warps, stages = config.choose(QUERIES, q, length)
@@ -398,4 +438,4 @@ def backward(
         heads, length, count, scale, blocks, tasks,
         **constants, BM=rows, BN=columns, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return dq, dk, dv, q.new_empty(0, dtype=torch.float32) if table is None else partial.sum((0, 2))
+    return q.new_empty(0, dtype=torch.float32) if table is None else partial.sum((0, 2))

@@ -44,6 +44,11 @@ class Parity:
         return f"no figure: parity failed (error {self.worst.error:.3g}, bound {self.worst.bound:.3g})"
 
 
+def devices() -> tuple[str, ...]:
+    """Where the default backends have kernels of their own here."""
+    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
 def isa() -> str | None:
     """Instruction set that the C++ kernels use; None without the extension."""
     try:

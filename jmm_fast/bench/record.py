@@ -13,7 +13,7 @@ from jmm_fast.bench.limits import UNITS, limits
 from jmm_fast.bench.memory import MemoryOfCaseError, peak_memory, peak_on_gpu
 from jmm_fast.bench.parity import Parity
 from jmm_fast.bench.rows import ROWS, Row
-from jmm_fast.bench.timing import QUICK, Effort, on_gpu, pair
+from jmm_fast.bench.timing import QUICK, Effort, Spread, on_gpu, pair
 from jmm_fast.errors import UserError
 from jmm_fast.train.environment import commit, cpu_name, versions
 
@@ -81,7 +81,7 @@ class _Run:
 
     def record(self, ops: list[str], device: str | None) -> dict:
         self.say("limits of the machine")
-        first = limits()
+        self.limits = first = limits()
         rows = []
         for row in self.rows:
             self.done = len(rows)
@@ -132,13 +132,13 @@ class _Run:
         if reason is None:
             self.say(f"{row.ours.op}: {row.what}, against {row.versus}")
             try:
-                figures = self.times(row) if row.quantity == "time" else self.peaks(row)
+                figures = self.peaks(row) if row.quantity == "memory" else self.times(row)
             except MemoryOfCaseError as error:
                 # Some GiB of the plain step may be more than there are.
                 reason = str(error)
         if reason is None:
             # The bar is decided by what is shown and kept, not by digits that are dropped.
-            ratio = figures["ratio"]["median"] if row.quantity == "time" else figures["ratio"]
+            ratio = figures["ratio"] if row.quantity == "memory" else figures["ratio"]["median"]
             return found | figures | {"measured_text": row.measured_text(ratio), "holds": row.holds(ratio)}
         return found | {"reason": reason, "holds": None}
 
@@ -180,12 +180,15 @@ class _Run:
         }
         if row.device == "cuda":
             figures["peak_bytes"] = {side: peak_on_gpu(function) for side, function in sides.items()}
-            flop = cases.WORKLOADS[row.ours.op].flop
-            if flop is not None:
-                figures["tflops"] = {
-                    side: float(f"{flop(row.ours) / spread['median'] / 1e12:.4g}")
-                    for side, spread in figures["seconds"].items()
-                }
+        flop = cases.WORKLOADS[row.ours.op].flop
+        if row.device == "cuda" and flop is not None:
+            figures["tflops"] = {
+                side: float(f"{flop(row.ours) / spread['median'] / 1e12:.4g}")
+                for side, spread in figures["seconds"].items()
+            }
+        if row.quantity == "share":
+            share = figures["tflops"]["ours"] * 1e3 / self.limits["gpu_gemm_bfloat16"]
+            figures["ratio"] = Spread.of([float(f"{share:.4g}")]).record()
         return figures
 
     def peaks(self, row: Row) -> dict:

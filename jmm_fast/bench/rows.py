@@ -11,6 +11,7 @@ CONTENDERS = {
     "cuda": "CUDA C++",
     "auto": "default backends",
     "reference": "reference",
+    "compiled": "torch.compile of torch's modules",
     "eager": "PyTorch ops in float32",
     "sdpa": "SDPA without bias",
     "sdpa_mask": "SDPA with a learned mask",
@@ -30,7 +31,8 @@ class Row:
         ours, against: the two sides; equal inputs.
         bar: ``against / ours`` must reach this; None for a comparison that is only shown.
         at_most: say the bar the other way round, as ours in units of the other (a bar of 1: "<= 1x its time").
-        quantity: ``time``, or peak ``memory``.
+        quantity: ``time``, peak ``memory``, or ``share``: the rate of the products of ``ours`` as a part of that of one
+            large bfloat16 product on the GPU, which is what ``bar`` is then; ``against`` is ``ours`` too.
         threads: of both sides; None takes torch's.
         device: kind of device that both sides need.
         isa: instruction set that the bar is meant for; None for any.
@@ -40,7 +42,7 @@ class Row:
     against: Case
     bar: float | None = None
     at_most: bool = False
-    quantity: Literal["time", "memory"] = "time"
+    quantity: Literal["time", "memory", "share"] = "time"
     threads: int | None = None
     device: str = "cpu"
     isa: str | None = None
@@ -58,6 +60,8 @@ class Row:
 
     @property
     def versus(self) -> str:
+        if self.quantity == "share":
+            return "limit of the matrix units"
         if self.against.contender == self.ours.contender:
             return f"ours in {self.against.dtype}"
         same = self.against.dtype == self.ours.dtype
@@ -67,13 +71,17 @@ class Row:
     def bar_text(self) -> str:
         if self.bar is None:
             return ""
+        if self.quantity == "share":
+            return f">= {100 * self.bar:.0f} % of it"
         noun = "time" if self.quantity == "time" else "memory"
         if self.at_most:
             return f"<= {_number(1 / self.bar)}x its {noun}"
         return f">= {_number(self.bar)}x " + ("faster" if self.quantity == "time" else "less memory")
 
     def measured_text(self, ratio: float) -> str:
-        """``against / ours`` in the words of the bar."""
+        """``against / ours``, or the share, in the words of the bar."""
+        if self.quantity == "share":
+            return f"{100 * ratio:.0f} % of it"
         if self.at_most:
             return f"{1 / ratio:.2f}x its time"
         if self.quantity == "memory":
@@ -184,6 +192,12 @@ ROWS: tuple[Row, ...] = (
     _pair("block", "decoder", "float32", "forward_backward", "auto", "reference"),
     _pair("block", "decoder", "bfloat16", "forward_backward", "auto", "reference"),
     _pair("block", "encoder", "float32", "forward_backward", "auto", "reference"),
+    *(
+        _pair("block", shape, "bfloat16", direction, "auto", peer, device="cuda")
+        for shape in ("gpu_decoder", "gpu_encoder")
+        for direction in ("forward", "forward_backward")
+        for peer in ("reference", "compiled")
+    ),
     _pair("feeder", "ntu48", "float32", "forward", "auto", "numpy", threads=1),
     _pair("feeder", "ntu48", "float32", "forward", "auto", "numpy_lean", threads=1),
     _pair("feeder", "ntu48", "float32", "forward", "auto", "reference"),
@@ -195,6 +209,8 @@ ROWS: tuple[Row, ...] = (
     _step("released", "bfloat16", "float32", bar=3.0, quantity="memory"),
     _step("small", "float32", "float32"),
     _step("small", "bfloat16", "float32"),
+    _step("gpu_released", "bfloat16", "bfloat16", bar=8.0, device="cuda"),
+    _pair("step", "gpu_released", "bfloat16", "step", "auto", "auto", bar=0.4, quantity="share", device="cuda"),
 )
 """Comparisons with a bar are what the project promises; the others tell where the op stands elsewhere.
 

@@ -41,7 +41,7 @@ def table(record: Mapping) -> Group:
                 Text(row["reason"], style="red" if failed else "dim"),
             )
             continue
-        if row["quantity"] == "time":
+        if row["quantity"] != "memory":
             sides = [
                 duration(row["seconds"][side]["median"])
                 + (f", {row['tflops'][side]:.3g} TFLOP/s" if "tflops" in row else "")

@@ -20,12 +20,17 @@ class DropPath(nn.Module):
         self.share: tuple[int, int] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        factor = self.factor(x)
+        return x if factor is None else x * factor[:, None, None]
+
+    def factor(self, x: Tensor) -> Tensor | None:
+        """Of each body of ``x``, in its dtype: 0, or what makes up for the dropped ones; None where none is dropped."""
         if self.rate == 0.0 or not self.training:
-            return x
+            return None
         keep = 1 - self.rate
         first, bodies = self.share or (0, x.shape[0])
-        kept = torch.empty(bodies, 1, 1, device=x.device, dtype=x.dtype).bernoulli_(keep).div_(keep)
-        return x * kept[first : first + x.shape[0]]
+        kept = torch.empty(bodies, device=x.device, dtype=x.dtype).bernoulli_(keep).div_(keep)
+        return kept[first : first + x.shape[0]]
 
 
 class Attention(nn.Module):
@@ -70,13 +75,22 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, table: Tensor | None, joints: Tensor | None, keep: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor | ops.Stream, table: Tensor | None, joints: Tensor | None, keep: Tensor | None = None
+    ) -> Tensor | ops.Stream:
         """``[B,N,d]`` -> ``[B,N,d]``, or ``[B,M,d]``: the tokens ``keep [B,M]`` alone (each at most once)."""
         attn, mlp = self.attn, self.mlp
-        drops = self.drop_path.rate > 0 and self.training
-        if ops.native_block(x, attn.backend, x.shape[2] // attn.heads):
-            shared = {"heads": attn.heads, "multiply": attn.mode == "scale", "keep": keep}
-            if not drops:
+        shared = {"heads": attn.heads, "multiply": attn.mode == "scale", "keep": keep}
+        if isinstance(x, ops.Stream):
+            x = ops.attention_half(x, self.norm1, attn.qkv, attn.proj, table, joints, **shared)
+            x = x._replace(factor=self.drop_path.factor(x.x))
+            x = ops.mlp_half(x, self.norm2, mlp.fc1, mlp.fc2)
+            return x._replace(factor=self.drop_path.factor(x.x))
+        kind = ops.block_backend(x, attn.backend, x.shape[2] // attn.heads, table)
+        if kind == "triton":
+            return self(ops.Stream(x), table, joints, keep).settle()
+        if kind == "cpu":
+            if self.drop_path.rate == 0 or not self.training:
                 x = ops.attention_half(x, self.norm1, attn.qkv, attn.proj, table, joints, **shared)
                 return ops.mlp_half(x, self.norm2, mlp.fc1, mlp.fc2)
             branch = ops.attention_half(x, self.norm1, attn.qkv, attn.proj, table, joints, **shared, add=False)
@@ -102,7 +116,7 @@ class Stack(nn.Module):
 
     def __init__(self, config: ModelConfig, dim: int, depth: int, heads: int, drop_path: float, backend: str):
         super().__init__()
-        self.backend = backend
+        self.backend, self.head_dim = backend, dim // heads
         self.topology = make_table(config, heads)
         rates = torch.linspace(0, drop_path, depth).tolist()
         self.blocks = nn.ModuleList(
@@ -119,12 +133,15 @@ class Stack(nn.Module):
         """
         table = None if self.topology is None else self.topology()
         joints = None if table is None else joints
+        kind = ops.block_backend(x, self.backend, self.head_dim, table)
+        if kind == "triton":
+            x = ops.Stream(x)
         for block in self.blocks[:-1]:
             x = block(x, table, joints)
         x = self.blocks[-1](x, table, joints, keep)
-        if head is None:
-            return self.norm(x)
-        return ops.norm_linear(x, self.norm, head) if ops.native_block(x, self.backend, 1) else head(self.norm(x))
+        if kind == "triton" or (kind == "cpu" and head is not None):
+            return ops.norm_linear(x, self.norm, head)
+        return self.norm(x) if head is None else head(self.norm(x))
 
 
 def init_weights(module: nn.Module) -> None:

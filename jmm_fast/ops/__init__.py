@@ -1,7 +1,7 @@
 """The public ops: formula, checks, choice of backend. One module per op, the same noun in every folder."""
 
 from jmm_fast.ops.backend import BACKENDS, OPS, backends
-from jmm_fast.ops.block import attention_half, mlp_half, native_block, norm_linear
+from jmm_fast.ops.block import Stream, attention_half, block_backend, mlp_half, norm_linear
 from jmm_fast.ops.clip_window import clip_window
 from jmm_fast.ops.motion_loss import motion_loss
 from jmm_fast.ops.motion_mask import MotionMask, motion_mask
@@ -12,13 +12,14 @@ __all__ = [
     "BACKENDS",
     "OPS",
     "MotionMask",
+    "Stream",
     "attention_half",
     "backends",
+    "block_backend",
     "clip_window",
     "mlp_half",
     "motion_loss",
     "motion_mask",
-    "native_block",
     "norm_linear",
     "token_grid_gather",
     "token_grid_scatter",

@@ -26,7 +26,7 @@ _NATIVE = {
 }
 """Ops that the C++ extension implements for CPU tensors, each with a schema that only the extension can serve."""
 
-_TRITON = ("clip_window", "motion_loss", "token_grid", "topology_attention")
+_TRITON = ("block", "clip_window", "motion_loss", "token_grid", "topology_attention")
 """Ops that have a Triton kernel, in the module of ``jmm_fast.kernels`` of the same name."""
 
 _CUDA = {"motion_mask": "motion_mask_cuda", "topology_attention": "topology_attention_cuda_forward"}

@@ -34,6 +34,11 @@ _SCHEMAS = {
     "backward": "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? table, Tensor? joints, Tensor out, "
     "Tensor statistics, bool multiply, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
 }
+# Of packed queries, keys and values, whose gradient comes packed; for blocks.
+library.define(
+    "topology_attention_triton_packed_backward(Tensor grad_out, Tensor packed, Tensor? table, Tensor? joints, "
+    "Tensor out, Tensor statistics, bool multiply, float scale) -> (Tensor, Tensor)"
+)
 for _name, _schema in _SCHEMAS.items():
     # In C++ for the CPU; in CUDA C++; as Triton kernels, on CUDA tensors or in Triton's interpreter.
     for _kind in ("", "cuda_", "triton_"):
@@ -213,7 +218,7 @@ class _NativeAttention(torch.autograd.Function):
         return dq, dk, dv, dtable if table is not None else None, None, None, None, None
 
 
-for _name in _SCHEMAS:
+for _name in (*_SCHEMAS, "packed_backward"):
     _launch = on_triton("topology_attention", _name)
     library.impl(f"topology_attention_triton_{_name}", _launch, "CompositeExplicitAutograd")
 
@@ -237,3 +242,9 @@ def _fake_forward(q, k, v, table, joints, multiply, scale):
 def _fake_backward(grad_out, q, k, v, table, joints, out, statistics, multiply, scale):
     dtable = q.new_empty((0,) if table is None else table.shape, dtype=torch.float32)
     return _token_major(q), _token_major(q), _token_major(q), dtable
+
+
+@torch.library.register_fake("jmm_fast::topology_attention_triton_packed_backward", lib=library)
+def _fake_packed_backward(grad_out, packed, table, joints, out, statistics, multiply, scale):
+    dtable = packed.new_empty((0,) if table is None else table.shape, dtype=torch.float32)
+    return packed.new_empty(packed.shape), dtable

@@ -25,9 +25,11 @@ TINY = {
     "block": {
         "decoder": {"bodies": 2, "tokens": 50, "width": 32, "heads": 2},
         "encoder": {"bodies": 2, "tokens": 11, "width": 32, "heads": 2},
+        "gpu_decoder": {"bodies": 2, "tokens": 50, "width": 32, "heads": 2},
+        "gpu_encoder": {"bodies": 2, "tokens": 11, "width": 32, "heads": 2},
     },
     "feeder": {name: {"clips": 3, "window": 16} for name in ("ntu48", "gpu_ntu48")},
-    "step": {"released": {"recipe": "demo", "bodies": 2}, "small": {"recipe": "demo", "bodies": 2}},
+    "step": {name: {"recipe": "demo", "bodies": 2} for name in ("released", "small", "gpu_released")},
 }
 
 

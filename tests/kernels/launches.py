@@ -24,6 +24,51 @@ def topology_attention(dtype, dim, length, joints, multiply, shared):
     return launch
 
 
+def packed(dtype, length):
+    from jmm_fast.kernels import topology_attention as kernel
+
+    def launch():
+        given = empty(4, length, 768, dtype=dtype)
+        q, k, v = given.unflatten(2, (3, 8, 32)).permute(2, 0, 3, 1, 4)
+        table, numbers = empty(8, 25, 25, dtype=torch.float32), empty(length, dtype=torch.int64)
+        out, statistics = kernel.forward(q, k, v, table, numbers, False, 32**-0.5)
+        kernel.packed_backward(out, given, table, numbers, out, statistics, False, 32**-0.5)
+
+    return launch
+
+
+def block(dtype, width, kept, dropped):
+    """A half with what may be missing, of the stream and around the MLP's products; and both forms of the MLP."""
+    from jmm_fast.kernels import block as kernel
+
+    def launch():
+        single = {"dtype": torch.float32}
+        x, branch = empty(4, 750, width, **single), empty(4, 750, width, dtype=dtype)
+        weight, shift = empty(width, **single), empty(width, **single)
+        rows = empty(4 * 676, dtype=torch.int64) if kept else None
+        factor = empty(4, **single) if dropped else None
+        for added in (branch, None):
+            y, n, statistics = kernel.add_norm(x, added, shift, factor, rows, weight, shift, 1e-5, dtype)
+            y = x if added is None and not kept else y
+            after = (n, y if added is not None else None, y, statistics, factor, rows, weight)
+            kernel.add_norm_backward(*after, 750, None if added is None else dtype)
+        # The end of a stack: LayerNorm in float32 whose stream nobody reads; and a stream that is only added up.
+        y, n, statistics = kernel.add_norm(x, branch, shift, factor, rows, weight, shift, 1e-5, torch.float32)
+        kernel.add_norm_backward(n, None, y, statistics, factor, rows, weight, 750, dtype)
+        kernel.add_norm(x, branch, shift, factor, rows, None, None, 0.0, torch.float32)
+        kernel.add_norm_backward(None, y, None, None, factor, rows, None, 750, dtype)
+        n = empty(3000, width, dtype=dtype)
+        weights = empty(4 * width, width, dtype=dtype), empty(4 * width, **single), empty(width, 4 * width, dtype=dtype)
+        out, hidden = kernel.mlp(n, *weights)
+        kernel.mlp_backward(out, n, *weights, hidden)
+        kernel.linear_backward(empty(3000, 3 * width, dtype=dtype), n, empty(3 * width, width, dtype=dtype), True)
+        if width <= kernel.MOST_FUSED:
+            kernel.mlp_fused(n, *weights)
+            kernel.mlp_fused_backward(out, n, *weights)
+
+    return launch
+
+
 def token_grid(dtype, embedding, kept, width):
     from jmm_fast.kernels import token_grid as kernel
 
@@ -112,5 +157,22 @@ LAUNCHES |= {
         ("float32", 25, False),
         ("float32", 17, True),
         ("bfloat16", 25, True),
+    )
+}
+LAUNCHES |= {f"packed topology_attention N={length}": packed(torch.bfloat16, length) for length in (74, 750)}
+LAUNCHES |= {
+    f"block {dtype} d={width}{' kept' if kept else ''}{' drop path' if dropped else ''}": block(
+        getattr(torch, dtype), width, kept, dropped
+    )
+    for dtype, width, kept, dropped in (
+        ("bfloat16", 256, False, False),
+        ("bfloat16", 256, True, False),
+        ("bfloat16", 256, False, True),
+        ("bfloat16", 64, False, False),
+        ("bfloat16", 512, False, False),
+        ("float16", 256, False, False),
+        ("float32", 256, False, False),
+        ("float32", 256, True, True),
+        ("float32", 64, False, False),
     )
 }

@@ -327,13 +327,13 @@ def test_nothing_is_left_from_the_call_before(isa, dtype):
 
 def test_who_is_served():
     x = torch.randn(2, 5, 8)
-    assert ops.native_block(x, "auto", 4) and ops.native_block(x, "cpu", 128)
-    assert not ops.native_block(x, "reference", 4)
-    assert not ops.native_block(x.double(), "auto", 4)
-    assert not ops.native_block(x[:0], "auto", 4)
-    assert not ops.native_block(x, "auto", 129)
+    assert ops.block_backend(x, "auto", 4) == ops.block_backend(x, "cpu", 128) == "cpu"
+    assert not ops.block_backend(x, "reference", 4)
+    assert not ops.block_backend(x.double(), "auto", 4)
+    assert not ops.block_backend(x[:0], "auto", 4)
+    assert not ops.block_backend(x, "auto", 129)
     with torch.autocast("cpu", dtype=torch.float16):
-        assert not ops.native_block(x, "auto", 4)
+        assert not ops.block_backend(x, "auto", 4)
 
 
 def test_operators_pass_opcheck_and_refuse_what_does_not_fit():
