@@ -265,7 +265,7 @@ def resident() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-# The first steps fill caches and pools. MiB: ten times what was measured.
+# The first steps fill caches and pools. MiB; measured: 0.7 over 600 steps, 2.5 over 10,000.
 @pytest.mark.parametrize(
     ("steps", "settled", "most"), [pytest.param(10_000, 1000, 8, marks=pytest.mark.slow), (600, 200, 8)]
 )
