@@ -358,3 +358,47 @@ def test_minutes_end_the_table_and_bars_come_first(tiny, monkeypatch):
     assert [row.get("reason") for row in record["rows"]] == [late := "left out: 1 minutes were over", None, late]
     assert record["failed"] == [] and record["complete"] is True
     assert record["options"]["minutes"] == 1
+
+
+def test_a_step_on_a_gpu(tiny, monkeypatch):
+    """On the CPU, with the clock and memory of a GPU made up: memory is that of making it, waits are measured at once."""
+    work = cases.WORKLOADS["step"]
+    monkeypatch.setitem(work.shapes, "gpu_released", work.shapes["gpu_released"] | {"device": "cpu"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    rates = {"gpu_gemm_float32": 50.0, "gpu_gemm_bfloat16": 700.0}
+    monkeypatch.setattr("jmm_fast.bench.record.limits", lambda **_: rates)
+    monkeypatch.setattr("jmm_fast.bench.record.BACKENDS", ())
+    monkeypatch.setattr("jmm_fast.bench.cases.unavailable", lambda case: None)
+    made = []
+
+    def on_gpu(step, calls):
+        step()
+        return 0.25 if step is made[0] else 0.5
+
+    def peak_on_gpu(function):
+        function()
+        return 9 << 20
+
+    right = cases.prepare
+    monkeypatch.setattr("jmm_fast.bench.cases.prepare", lambda case: made.append(right(case)) or made[-1])
+    monkeypatch.setattr("jmm_fast.bench.record.on_gpu", on_gpu)
+    monkeypatch.setattr("jmm_fast.bench.record.peak_on_gpu", peak_on_gpu)
+    monkeypatch.setattr("jmm_fast.bench.memory.MOST", 4)
+    ours, plain = (Case("step", "gpu_released", "bfloat16", "step", name) for name in ("auto", "reference"))
+    rows = [
+        Row(ours=ours, against=plain, bar=2.0, device="cuda"),
+        Row(ours=ours, against=ours, bar=0.4, quantity="share", device="cuda"),
+    ]
+    record = measure(rows=rows[:1], device="cuda")
+    assert record["failed"] == [] and record["rows"][0]["holds"] is True
+    assert [step["case"] for step in record["steps"]] == [str(ours), str(plain)]
+    share = work.work(ours).flop / 700e9 / 0.25
+    for step, slower in zip(record["steps"], (1, 2), strict=True):
+        assert step["samples_per_s"] == 4 / slower and step["bodies_per_s"] == 8 / slower
+        assert step["share_of_products"] == pytest.approx(share / slower, rel=1e-3)
+        assert step["peak_bytes"] == 9 << 20 and 0 <= step["data_wait_s"] < 1
+    made.clear()
+    (row,) = measure(rows=rows[1:], device="cuda")["rows"]
+    assert row["ratio"]["median"] == pytest.approx(share, rel=1e-3) and row["holds"] is (share >= 0.4)
+    assert row["measured_text"] == f"{100 * row['ratio']['median']:.0f} % of it"
