@@ -361,7 +361,7 @@ def test_minutes_end_the_table_and_bars_come_first(tiny, monkeypatch):
 
 
 def test_a_step_on_a_gpu(tiny, monkeypatch):
-    """On the CPU, with the clock and memory of a GPU made up: memory is that of making it, waits are measured at once."""
+    """On the CPU, clock and memory of a GPU made up: memory is that of making the step, waits are measured at once."""
     work = cases.WORKLOADS["step"]
     monkeypatch.setitem(work.shapes, "gpu_released", work.shapes["gpu_released"] | {"device": "cpu"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
