@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 
@@ -23,7 +23,7 @@ UNITS = {
 
 
 def limits(
-    *, size: int = 1024, repeats: int = 9, gpu: bool | None = None, problems: dict[str, str] | None = None
+    *, size: int = 1024, repeats: int = 9, only: Collection[str] = UNITS, problems: dict[str, str] | None = None
 ) -> dict[str, float]:
     """Rates with torch's present number of threads, medians, in the units of ``UNITS``.
 
@@ -40,11 +40,13 @@ def limits(
     Args:
         size: of the matrices.
         repeats: how often each is timed.
-        gpu: whether to measure the GPU's; None where there is one.
+        only: names of those to measure.
         problems: takes why a rate is missing that could not be measured; None raises.
     """
     found = {}
-    for name, (prepare, timed) in _sources(size, torch.cuda.is_available() if gpu is None else gpu).items():
+    for name, (prepare, timed) in _sources(size).items():
+        if name not in only:
+            continue
         try:
             function, work = prepare()
             found[name] = _rate(function, work, repeats, timed)
@@ -59,7 +61,7 @@ Prepare = Callable[[], tuple[Callable[[], object], float]]
 Timed = Callable[[Callable[[], object], int], float]
 
 
-def _sources(size: int, gpu: bool) -> dict[str, tuple[Prepare, Timed]]:
+def _sources(size: int) -> dict[str, tuple[Prepare, Timed]]:
     """Of each rate, what gives the function to time and its work, and the clock."""
     # No public function of torch multiplies by oneDNN alone.
     onednn = {"onednn_gemm_float32": lambda: _product(size, torch.float32, by=torch.ops.mkldnn._linear_pointwise)}
@@ -78,7 +80,9 @@ def _sources(size: int, gpu: bool) -> dict[str, tuple[Prepare, Timed]]:
         "gpu_exp_float32": _exponentials_on_gpu,
     }
     found = {name: (prepare, _by_clock) for name, prepare in host.items()}
-    return found | ({name: (prepare, timing.on_gpu) for name, prepare in device.items()} if gpu else {})
+    if torch.cuda.is_available():
+        found |= {name: (prepare, timing.on_gpu) for name, prepare in device.items()}
+    return found
 
 
 def _product(size: int, dtype: torch.dtype, device: str = "cpu", by: Callable | None = None):

@@ -5,7 +5,7 @@ import gc
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,7 +15,7 @@ from jmm_fast.bench.case import BACKENDS, Case
 from jmm_fast.bench.limits import UNITS, limits
 from jmm_fast.bench.memory import Alone, MemoryOfCaseError, alone, data_wait, peak_on_gpu
 from jmm_fast.bench.parity import Parity
-from jmm_fast.bench.roofline import bound
+from jmm_fast.bench.roofline import amounts, bound, rates
 from jmm_fast.bench.rows import ROWS, Row
 from jmm_fast.bench.timing import QUICK, Effort, Spread, on_gpu, pair
 from jmm_fast.errors import UserError
@@ -93,13 +93,12 @@ class _Run:
         self.threads = torch.get_num_threads()
         self.parities: dict[tuple[str, str, str], Parity] = {}
         self.solitary: dict[tuple[Case, int], Alone] = {}
-        self.limits: dict[int, dict[str, float]] = {}
         self.problems: dict[str, str] = {}
         self.steps: dict[Case, dict] = {}
 
     def record(self, ops: list[str], device: str | None, keep: Callable[[dict], None]) -> dict:
         self.say("limits of the machine")
-        first = self.limits_of(self.threads)
+        first = limits(problems=self.problems)
         order = range(len(self.rows))
         if self.minutes is not None:
             order = sorted(order, key=lambda number: self.rows[number].bar is None)
@@ -136,7 +135,6 @@ class _Run:
                     "units": {name: UNITS[name] for name in first},
                     "before": first,
                     "after": after,
-                    "by_threads": {str(count): rates for count, rates in self.limits.items() if count != self.threads},
                     "problems": dict(self.problems),
                 },
                 "parity": [_parity_record(one) for one in self.parities.values()],
@@ -152,13 +150,6 @@ class _Run:
             found[number] = self.row(self.rows[number])
             keep(so_far({}, False))
         return so_far(limits(problems=self.problems), True)
-
-    def limits_of(self, threads: int) -> dict[str, float]:
-        """The rates that so many threads reach; those of a GPU with torch's number alone."""
-        if threads not in self.limits:
-            gpu = None if threads == self.threads else False
-            self.limits[threads] = limits(gpu=gpu, problems=self.problems)
-        return self.limits[threads]
 
     def row(self, row: Row) -> dict:
         """The row with its figures, or with the reason why it has none."""
@@ -224,8 +215,7 @@ class _Run:
         work = cases.WORKLOADS[row.ours.op]
         on_cuda = row.device == "cuda"
         sides, peaks = {}, {}
-        threads = row.threads or self.threads
-        torch.set_num_threads(threads)
+        torch.set_num_threads(row.threads or self.threads)
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
@@ -243,7 +233,8 @@ class _Run:
             seconds = {"ours": found.ours, "against": found.against}
             if on_cuda and work.counts is None:
                 peaks = {side: peak_on_gpu(function) for side, function in sides.items()}
-            known = self.limits_of(threads)
+            # Beside the rounds and with their threads: a machine that others use too drifts within minutes.
+            known = limits(only=bounds_of(pair_of_cases.values(), row.device), repeats=5, problems=self.problems)
             figures = {
                 "seconds": {side: spread.record() for side, spread in seconds.items()},
                 "ratio": found.speedup.record(),
@@ -251,6 +242,7 @@ class _Run:
                     side: _roofline(case, row.device, seconds[side].median, known)
                     for side, case in pair_of_cases.items()
                 },
+                "limits": known,
             }
             if row.ours.contender == "auto" and work.default is not None:
                 figures["backend"] = work.default(row.ours)
@@ -307,6 +299,15 @@ class _Run:
         threads = row.threads or self.threads
         peaks = {side: self.alone(case, threads).bytes for side, case in (("ours", row.ours), ("against", row.against))}
         return {"bytes": peaks, "ratio": float(f"{peaks['against'] / peaks['ours']:.4g}")}
+
+
+def bounds_of(some: Iterable[Case], device: str) -> set[str]:
+    """Names of the limits that hold for what the cases do."""
+    found = set()
+    for case in some:
+        work = cases.WORKLOADS[case.op].work(case)
+        found |= {name for by, names in rates(case, work, device).items() if amounts(work)[by] for name in names}
+    return found
 
 
 def _digits(value: float) -> float:

@@ -1,7 +1,7 @@
 """The least time that a case can take on this machine, and what sets it.
 
-``max(flop / products, bytes / memory, exps / exponentials)`` with the rates of
-:mod:`jmm_fast.bench.limits`, measured in the same run.
+``max(flop / products, bytes / memory, exps / exponentials)`` with rates of :mod:`jmm_fast.bench.limits`,
+measured beside the case.
 """
 
 from collections.abc import Mapping
@@ -24,13 +24,12 @@ class Bound:
 def rates(case: Case, work: Work, device: str) -> dict[str, tuple[str, ...]]:
     """Names of the limits that hold for each part; the highest of several.
 
-    A product of bfloat16 numbers may be computed in float32, and torch's float32 product is not the fastest there is
-    everywhere. On a CPU exponentials are polynomials on the units of the products: no limit of their own.
+    On a CPU a product of bfloat16 numbers may be computed in float32, and torch's float32 product is not the fastest
+    there is everywhere; exponentials are polynomials on the units of the products: no limit of their own.
     """
     if device == "cuda":
-        half = ("gpu_gemm_bfloat16",) if case.dtype == "bfloat16" else ()
         return {
-            "products": ("gpu_gemm_float32", *half),
+            "products": (f"gpu_gemm_{case.dtype}",),
             "memory": ("gpu_copy",),
             "exponentials": ("gpu_exp_float32",),
         }
@@ -41,6 +40,11 @@ def rates(case: Case, work: Work, device: str) -> dict[str, tuple[str, ...]]:
     }
 
 
+def amounts(work: Work) -> dict[str, float]:
+    """What there is of each part."""
+    return {"products": work.flop, "memory": work.bytes, "exponentials": work.exps}
+
+
 def bound(case: Case, work: Work, device: str, limits: Mapping[str, float]) -> Bound | None:
     """What bounds ``case``; None when nothing that it does was measured.
 
@@ -49,10 +53,9 @@ def bound(case: Case, work: Work, device: str, limits: Mapping[str, float]) -> B
         device: kind of device that it runs on.
         limits: rates, in 1e9 a second.
     """
-    amounts = {"products": work.flop, "memory": work.bytes, "exponentials": work.exps}
     found = []
     for by, names in rates(case, work, device).items():
         known = [limits[name] for name in names if name in limits]
-        if amounts[by] and known:
-            found.append(Bound(amounts[by] / (max(known) * 1e9), by))
+        if amounts(work)[by] and known:
+            found.append(Bound(amounts(work)[by] / (max(known) * 1e9), by))
     return max(found, key=lambda one: one.seconds, default=None)

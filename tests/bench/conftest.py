@@ -45,4 +45,6 @@ def tiny(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _quick_limits(monkeypatch):
-    monkeypatch.setattr("jmm_fast.bench.record.limits", lambda **options: limits(size=64, repeats=1, **options))
+    monkeypatch.setattr(
+        "jmm_fast.bench.record.limits", lambda **options: limits(**options | {"size": 64, "repeats": 1})
+    )
