@@ -19,6 +19,8 @@ def cell(row: dict | None) -> str:
     if "reason" in row:
         return UNMEASURED.get(row["reason"], row["reason"])
     text = row["measured_text"].replace(" less memory", " less")
+    if "backend" in row:
+        text += f" (`{row['backend']}`)"
     return text if row["holds"] else text + ", **missed**"
 
 

@@ -1,12 +1,15 @@
 """Choose the block sizes of the Triton kernels on the GPU at hand.
 
-    python bench/tune.py                        # all tables; some minutes
-    python bench/tune.py topology_attention
+    python bench/tune.py                        # all tables, nine minutes
+    python bench/tune.py topology_attention     # those of a kernel, or one, as block.MLP: nine minutes for these alone
     python bench/tune.py few_tokens             # CUDA C++ against Triton, for AUTO_CUDA_TOKENS of topology attention
+    python bench/tune.py block --minutes 4
 
-Every candidate of a table's entry is put into the table, launched at the size the entry serves, and timed with CUDA
-events; one that does not fit the GPU is passed over. Prints the best of each entry beside the one that is shipped and
-writes ``bench/results/tune_ARCHITECTURE.json``. The tables in ``kernels/`` are then changed by hand, after
+The minutes are shared out evenly: within its share, an entry of a table has its candidates tried, those nearest to the
+shipped one first. A candidate is put into the table, launched at the size the entry serves, and timed with CUDA events;
+one that does not fit the GPU is passed over. Prints the best of each entry beside the one that is shipped and, after
+each entry, writes ``bench/results/tune_ARCHITECTURE.json``, in which entries of earlier runs stay. An entry that breaks
+off is named, the others go on, and the exit code is 1. The tables in ``kernels/`` are then changed by hand, after
 ``make test-gpu``: sizes are never chosen while a program runs.
 """
 
@@ -16,6 +19,7 @@ import itertools
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +28,7 @@ import torch
 
 BODIES = 256
 ROUNDS = 25
+FEW_TOKENS = "few_tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,11 +303,32 @@ def cuda_milliseconds(run: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
-def tune(entry: Entry, architecture: str, measure: Callable[[Callable[[], object]], float]) -> list[dict]:
-    """All candidates that run, the fastest first; the shipped one is marked. The table is left as it was.
+def nearest_first(shipped: tuple, candidates: Iterable[tuple]) -> list[tuple]:
+    """``shipped``, then the others by how many steps of all sizes together they are away from it."""
+    every = list(dict.fromkeys([shipped, *candidates]))
+    ranks = [{value: rank for rank, value in enumerate(sorted(set(values)))} for values in zip(*every, strict=True)]
 
-    An entry that its table does not have yet is put before those that serve the same sizes now.
+    def steps(candidate: tuple) -> int:
+        return sum(abs(rank[a] - rank[b]) for rank, a, b in zip(ranks, candidate, shipped, strict=True))
+
+    return sorted(every, key=steps)
+
+
+def tune(
+    entry: Entry,
+    architecture: str,
+    measure: Callable[[Callable[[], object]], float],
+    *,
+    seconds: float = float("inf"),
+    clock: Callable[[], float] = time.monotonic,
+) -> list[dict]:
+    """The candidates that were tried and run, the fastest first; the shipped one, tried first, is marked. The table is
+    left as it was.
+
+    An entry that its table does not have yet is put before those that serve the same sizes now. No candidate is begun
+    after ``seconds``, but for the shipped one.
     """
+    end = clock() + seconds
     module = importlib.import_module(f"jmm_fast.kernels.{entry.kernel}")
     tables = getattr(module, entry.table)
     before = tables[architecture]
@@ -311,55 +337,129 @@ def tune(entry: Entry, architecture: str, measure: Callable[[Callable[[], object
     run = entry.launch()
     found = []
     try:
-        for candidate in dict.fromkeys([shipped, *entry.candidates]):
+        for candidate in nearest_first(shipped, entry.candidates):
+            if candidate != shipped and clock() > end:
+                break
             tables[architecture] = {entry.key: candidate} | others
             try:
                 found.append({"sizes": list(candidate), "ms": measure(run), "shipped": candidate == shipped})
             except Exception as error:  # too much shared memory, too many registers: Triton has a class for each
-                print(f"  {candidate} does not run: {str(error).splitlines()[0][:80]}", file=sys.stderr)
+                print(f"  {candidate} does not run: {first_line(error)[:80]}", file=sys.stderr)
     finally:
         tables[architecture] = before
     return sorted(found, key=lambda item: item["ms"])
 
 
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def chosen(names: list[str], every: list[Entry]) -> list[Entry]:
+    """The entries of kernels and tables of these names; all without any.
+
+    Raises:
+        ValueError: no such kernel or table.
+    """
+    known = {entry.kernel for entry in every} | {f"{entry.kernel}.{entry.table}" for entry in every}
+    for name in names:
+        if name not in known and name != FEW_TOKENS:
+            raise ValueError(f"unknown kernel or table {name!r}: expected {', '.join(sorted(known))} or {FEW_TOKENS}")
+    return [entry for entry in every if not names or {entry.kernel, f"{entry.kernel}.{entry.table}"} & set(names)]
+
+
+def search(
+    wanted: list[Entry],
+    record: dict,
+    write: Callable[[dict], None],
+    *,
+    architecture: str,
+    minutes: float,
+    measure: Callable[[Callable[[], object]], float] = cuda_milliseconds,
+    clock: Callable[[], float] = time.monotonic,
+) -> list[str]:
+    """Tune ``wanted``; what is found goes into ``record["entries"]``, and ``write(record)`` follows each.
+
+    Returns:
+        Names of the entries that broke off.
+    """
+    end, failed = clock() + 60 * minutes, []
+    for number, entry in enumerate(wanted):
+        name = f"{entry.kernel}.{entry.table} {entry.key}"
+        try:
+            seconds = (end - clock()) / (len(wanted) - number)
+            found = tune(entry, architecture, measure, seconds=seconds, clock=clock)
+            if not found:
+                raise RuntimeError("no candidate runs")
+        except Exception as error:
+            print(f"{name}: failed: {first_line(error)}")
+            failed.append(name)
+            continue
+        best, shipped = found[0], [item["ms"] for item in found if item["shipped"]]
+        print(
+            f"{name}: {tuple(best['sizes'])} {best['ms']:.3f} ms, shipped "
+            + (f"{shipped[0]:.3f}" if shipped else "does not run")
+            + f", {len(found)} ran"
+        )
+        record["entries"][name] = {"commit": record["commit"], "ran": len(found), "best": found[:10]}
+        write(record)
+    return failed
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kernels", nargs="*", help="modules of jmm_fast.kernels, or few_tokens; default all")
+    parser.add_argument(
+        "names", nargs="*", help=f"modules of jmm_fast.kernels, their tables, {FEW_TOKENS}; default all"
+    )
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all that is named (default 9)")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("tune.py needs a GPU: there is none here")
+    from jmm_fast.files import atomic_write_text
     from jmm_fast.kernels import config
     from jmm_fast.ops.backend import unavailable
     from jmm_fast.train.environment import commit, versions
 
+    begin = time.monotonic()
+    try:
+        wanted = chosen(arguments.names, entries())
+    except ValueError as error:
+        parser.error(str(error))
     architecture = config.architecture(torch.cuda.current_device())
+    path = arguments.results / f"tune_{architecture}.json"
     record = {
         "gpu": torch.cuda.get_device_name(),
         "architecture": architecture,
         "commit": commit(),
         "versions": versions(),
-        "entries": [],
+        "entries": {},
     }
-    for entry in entries():
-        if arguments.kernels and entry.kernel not in arguments.kernels:
-            continue
-        found = tune(entry, architecture, cuda_milliseconds)
-        shipped = next(item["ms"] for item in found if item["shipped"])
-        best = found[0]
-        name = f"{entry.kernel}.{entry.table}"
-        print(f"{name} {entry.key}: {tuple(best['sizes'])} {best['ms']:.3f} ms, shipped {shipped:.3f}")
-        record["entries"].append({"table": name, "key": list(entry.key), "tried": len(found), "best": found[:10]})
-    if not arguments.kernels or "few_tokens" in arguments.kernels:
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before["gpu"] == record["gpu"]:
+            record = before | record | {"entries": before["entries"]}
+
+    def write(record: dict) -> None:
+        atomic_write_text(path, json.dumps(record, indent=1) + "\n")
+
+    failed = []
+    if not arguments.names or FEW_TOKENS in arguments.names:
         if reason := unavailable("topology_attention", "cuda"):
-            print(f"few_tokens: {reason}")
+            print(f"{FEW_TOKENS}: {reason}")
         else:
-            record["few_tokens"] = few_tokens(cuda_milliseconds)
-            for entry in record["few_tokens"]:
-                print("few_tokens: " + ", ".join(f"{name} {value:.4g}" for name, value in entry.items()))
-    path = arguments.results / f"tune_{architecture}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+            try:
+                record[FEW_TOKENS] = few_tokens(cuda_milliseconds)
+                for row in record[FEW_TOKENS]:
+                    print(f"{FEW_TOKENS}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
+                write(record)
+            except Exception as error:
+                print(f"{FEW_TOKENS}: failed: {first_line(error)}")
+                failed.append(FEW_TOKENS)
+    left = arguments.minutes - (time.monotonic() - begin) / 60
+    failed += search(wanted, record, write, architecture=architecture, minutes=left)
     print(f"written to {path}")
+    if failed:
+        sys.exit("failed: " + "; ".join(failed))
 
 
 if __name__ == "__main__":

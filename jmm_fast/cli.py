@@ -24,8 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; default those of the process.
 
     Returns:
-        Exit code: 0; 1 when a kernel fails its parity check; 2 after a user's mistake; 130 after Ctrl-C, 143 after
-        SIGTERM.
+        Exit code: 0; 1 when a kernel fails its parity check or a benchmark breaks off; 2 after a user's mistake; 130
+        after Ctrl-C, 143 after SIGTERM.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if args[:1] != ["bench"]:
@@ -383,6 +383,11 @@ def _bench(args: list[str]) -> None:
                 None,
             ),
             (
+                "minutes",
+                Annotated[float | None, arg(help="begin no row later than this; rows with a bar come first")],
+                None,
+            ),
+            (
                 "pages",
                 Annotated[
                     Literal["huge", "default"],
@@ -400,8 +405,9 @@ def _bench(args: list[str]) -> None:
     memory.settle()
     from jmm_fast.bench.command import bench
 
-    # Not a mistake of the user: a kernel of this build computes wrong numbers.
-    if not bench(given.ops, quick=given.quick, out=given.json, threads=given.threads, device=given.device):
+    options = {"quick": given.quick, "threads": given.threads, "device": given.device, "minutes": given.minutes}
+    # Not a mistake of the user: a kernel of this build computes wrong numbers, or something could not be measured.
+    if not bench(given.ops, out=given.json, **options):
         raise SystemExit(1)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from jmm_fast.bench.case import Case, Check, Workload
+from jmm_fast.bench.case import Case, Check, Work, Workload, moved
 from jmm_fast.bench.parity import compare_rms, devices
 from jmm_fast.models.blocks import Block
 from jmm_fast.train.loop import autocast
@@ -91,6 +91,26 @@ def missing(case: Case) -> str | None:
     return None
 
 
+def products(tokens: int, width: int, mlp_ratio: float = 4.0) -> float:
+    """Operations of the matrix products of a block's forward pass for a body: queries, keys, values and projection,
+    MLP, scores and weighted values."""
+    return 2 * tokens * width**2 * (4 + 2 * mlp_ratio) + 4 * tokens**2 * width
+
+
+def work(case: Case) -> Work:
+    """The forward pass's products and twice these backward; the float32 stream and the weights; softmax, and once more
+    backward."""
+    size = SHAPES[case.shape]
+    bodies, tokens, width = size["bodies"], size["tokens"], size["width"]
+    back = case.direction != "forward"
+    stream, weights = 4 * bodies * tokens * width, 4 * 12 * width**2
+    return Work(
+        flop=(3 if back else 1) * bodies * products(tokens, width),
+        bytes=moved(case.direction, read=stream + weights, written=stream, gradients=stream + weights),
+        exps=(2 if back else 1) * bodies * size["heads"] * tokens**2,
+    )
+
+
 WORKLOAD = Workload(
     shapes=SHAPES,
     dtypes=("float32", "bfloat16"),
@@ -99,4 +119,5 @@ WORKLOAD = Workload(
     prepare=prepare,
     checks=checks,
     unavailable=missing,
+    work=work,
 )

@@ -1,5 +1,7 @@
 """What can be measured: a case names it, a workload makes it."""
 
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +58,38 @@ class Check:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """What any way to compute a case has to do; 0 is left out of account.
+
+    Attributes:
+        flop: operations of the matrix products, two a term.
+        bytes: read and written, see :func:`moved`.
+        exps: exponentials of softmax weights.
+    """
+
+    flop: float = 0.0
+    bytes: float = 0.0
+    exps: float = 0.0
+
+
+def moved(direction: str, *, read: float, written: float, gradients: float = 0.0) -> float:
+    """Bytes of a call that holds everything in between on the chip.
+
+    Forward, each input is read once and each result written once. Backward, inputs and the gradients of the results are
+    read once more, and ``gradients``, those of the inputs, written.
+    """
+    once = read + written
+    return once if direction == "forward" else 2 * once + gradients
+
+
+def no_compiler(what: str) -> str | None:
+    """Why ``what``, which torch compiles for the CPU on first use, cannot run here; None when it can."""
+    if any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        return None
+    return f"{what} is compiled on first use, and there is no C++ compiler"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
     """All cases of an op.
 
@@ -66,8 +100,9 @@ class Workload:
             so contenders work on equal numbers.
         checks: the parity rule for a dtype and a backend of ours.
         unavailable: why a case cannot run here; None when it can.
-        flop: operations of the matrix products of a case, the same for all contenders; None where their rate would say
-            nothing.
+        work: what a case comes to, the same for all contenders: what bounds its time.
+        counts: how many ``samples`` and ``bodies`` a call of a case takes; None where the shape says so.
+        default: which backend a case whose contender is ``auto`` takes here; None where it is several.
     """
 
     shapes: dict[str, dict[str, Any]]
@@ -77,4 +112,6 @@ class Workload:
     prepare: Callable[[Case], Callable[[], object]]
     checks: Callable[[str, str], Iterator[Check]]
     unavailable: Callable[[Case], str | None]
-    flop: Callable[[Case], float] | None = None
+    work: Callable[[Case], Work]
+    counts: Callable[[Case], dict[str, int]] | None = None
+    default: Callable[[Case], str] | None = None

@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from jmm_fast import ops, reference
-from jmm_fast.bench.case import Case, Check, Workload
-from jmm_fast.bench.inputs import clip_lengths, moving_clips
+from jmm_fast.bench.case import Case, Check, Work, Workload, moved
+from jmm_fast.bench.inputs import clip_lengths, made_up_clips, moving_clips
 from jmm_fast.bench.numpy_feeder import FEEDERS, dense_sample, feed
 from jmm_fast.bench.parity import compare
 from jmm_fast.ops.backend import unavailable
@@ -19,21 +20,33 @@ SHAPES = {
 }
 
 
+def _crops(shape: str) -> tuple[Tensor, Tensor]:
+    """First row and length of the crop of each body: half to all of its clip, 64 frames where there are as many."""
+    size = SHAPES[shape]
+    count = torch.from_numpy(np.repeat(clip_lengths(size["clips"]), size["bodies"]))
+    share = torch.rand(len(count), generator=torch.Generator().manual_seed(0))
+    length = torch.maximum((count * share / 2 + count / 2).long(), count.clamp(max=64))
+    return count.cumsum(0) - count + (count - length) // 2, length
+
+
+def bytes_cut(length: np.ndarray, window: int, joints: int) -> float:
+    """Bytes moved to cut windows from crops of so many frames: these once, of a long one those that are mixed, with
+    their places and angles; the windows."""
+    read = np.minimum(length, 2 * window).sum() * joints * 12 + len(length) * (8 + 8 + 12)
+    return moved("forward", read=float(read), written=len(length) * window * joints * 12)
+
+
 def prepare(case: Case) -> Callable[[], object]:
     size = SHAPES[case.shape]
     bodies, window = size["bodies"], size["window"]
-    lengths = clip_lengths(size["clips"])
-    clips = [moving_clips(bodies, int(length), size["joints"]) + 1 for length in lengths]
+    clips = made_up_clips(size["clips"], bodies, size["joints"])
     if case.contender in FEEDERS:
-        samples = [dense_sample(clip.numpy()) for clip in clips]
+        samples = [dense_sample(clip) for clip in clips]
         draws = np.random.default_rng(0)
         return lambda: feed(samples, case.contender, window, draws)
-    frames = torch.cat([clip.flatten(0, 1) for clip in clips])
-    rows = torch.from_numpy(np.concatenate([[0], np.repeat(lengths, bodies).cumsum()[:-1]]))
-    count = torch.from_numpy(np.repeat(lengths, bodies))
-    length = torch.maximum((count * torch.rand(len(count)) / 2 + count / 2).long(), count.clamp(max=64))
-    angles = torch.empty(len(count), 3).uniform_(-0.3, 0.3)
-    inputs = [x.to(size.get("device", "cpu")) for x in (frames, rows + (count - length) // 2, length, angles)]
+    frames = torch.cat([torch.from_numpy(clip).flatten(0, 1) for clip in clips])
+    angles = torch.empty(size["clips"] * bodies, 3).uniform_(-0.3, 0.3)
+    inputs = [x.to(size.get("device", "cpu")) for x in (frames, *_crops(case.shape), angles)]
     return lambda: ops.clip_window(*inputs, window=window, backend=case.contender)
 
 
@@ -66,6 +79,11 @@ def missing(case: Case) -> str | None:
     return None if case.contender in FEEDERS else unavailable("clip_window", case.contender)
 
 
+def work(case: Case) -> Work:
+    size = SHAPES[case.shape]
+    return Work(bytes=bytes_cut(_crops(case.shape)[1].numpy(), size["window"], size["joints"]))
+
+
 WORKLOAD = Workload(
     shapes=SHAPES,
     dtypes=("float32",),
@@ -74,4 +92,5 @@ WORKLOAD = Workload(
     prepare=prepare,
     checks=checks,
     unavailable=missing,
+    work=work,
 )

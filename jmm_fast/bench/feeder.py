@@ -7,12 +7,12 @@ import numpy as np
 import torch
 
 from jmm_fast import reference
-from jmm_fast.bench.case import Case, Check, Workload
-from jmm_fast.bench.inputs import clip_lengths, moving_clips
+from jmm_fast.bench.case import Case, Check, Work, Workload
+from jmm_fast.bench.clip_window import bytes_cut
+from jmm_fast.bench.inputs import clip_lengths, made_up_clips, store_of
 from jmm_fast.bench.numpy_feeder import FEEDERS, dense_sample, fed_by_workers, feed
 from jmm_fast.bench.parity import compare
-from jmm_fast.data import BodyBatches, ClipStore, StoreContents
-from jmm_fast.skeleton import get
+from jmm_fast.data import BodyBatches
 
 SHAPES = {
     "ntu48": {"clips": 48, "bodies": 2, "joints": 25, "window": 120},
@@ -23,30 +23,14 @@ WORKERS = {"numpy_16": 16}
 
 
 def _clips(shape: str) -> list[np.ndarray]:
-    """Clips ``[bodies, frames, joints, 3]`` of lengths as in NTU RGB+D."""
     size = SHAPES[shape]
-    return [
-        (moving_clips(size["bodies"], int(length), size["joints"]) + 1).numpy()
-        for length in clip_lengths(size["clips"])
-    ]
+    return made_up_clips(size["clips"], size["bodies"], size["joints"])
 
 
 def _batches(shape: str, backend: str) -> BodyBatches:
-    size, clips = SHAPES[shape], _clips(shape)
-    body_lengths = np.repeat([clip.shape[1] for clip in clips], size["bodies"])
-    body_offsets = np.concatenate([[0], body_lengths.cumsum()])
-    store = ClipStore.from_contents(
-        StoreContents(
-            frames=np.concatenate([clip.reshape(-1, size["joints"], 3) for clip in clips]),
-            offsets=body_offsets[:: size["bodies"]].copy(),
-            body_offsets=body_offsets,
-            labels=np.zeros(size["clips"], dtype=np.int64),
-            class_names=["none"],
-            skeleton=get("ntu25"),
-        )
-    )
+    size = SHAPES[shape]
     return BodyBatches(
-        store,
+        store_of(_clips(shape)),
         torch.arange(size["clips"]),
         batch_size=size["clips"],
         window=size["window"],
@@ -107,6 +91,13 @@ def missing(case: Case) -> str | None:
     return f"needs {workers} cores, there are {cores}" if workers > cores else None
 
 
+def work(case: Case) -> Work:
+    """The windows of the batch, three quarters of each clip (the mean of the crop's share)."""
+    size = SHAPES[case.shape]
+    length = np.repeat(0.75 * clip_lengths(size["clips"]), size["bodies"])
+    return Work(bytes=bytes_cut(length, size["window"], size["joints"]))
+
+
 WORKLOAD = Workload(
     shapes=SHAPES,
     dtypes=("float32",),
@@ -115,4 +106,5 @@ WORKLOAD = Workload(
     prepare=prepare,
     checks=checks,
     unavailable=missing,
+    work=work,
 )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from jmm_fast import ops, reference
-from jmm_fast.bench.case import Case, Check, Workload
+from jmm_fast.bench.case import Case, Check, Work, Workload, moved
 from jmm_fast.bench.inputs import moving_clips
 from jmm_fast.bench.parity import compare, results
 from jmm_fast.ops.backend import unavailable
@@ -89,6 +89,16 @@ def missing(case: Case) -> str | None:
     return unavailable("motion_loss", case.contender)
 
 
+def work(case: Case) -> Work:
+    """Prediction, poses of 25 joints and mask in; the gradient of the prediction out."""
+    size = SHAPES[case.shape]
+    tokens = size["frames"] // T_PATCH * 25
+    predicted = tokens if size["prediction"] == "all tokens" else tokens - reference.num_visible(tokens, 0.9)
+    prediction = predicted * PATCH * case.torch_dtype.itemsize
+    read = prediction + size["frames"] * 25 * 12 + tokens
+    return Work(bytes=size["bodies"] * moved(case.direction, read=read, written=0, gradients=prediction))
+
+
 WORKLOAD = Workload(
     shapes=SHAPES,
     dtypes=("float32", "bfloat16"),
@@ -97,4 +107,5 @@ WORKLOAD = Workload(
     prepare=prepare,
     checks=checks,
     unavailable=missing,
+    work=work,
 )

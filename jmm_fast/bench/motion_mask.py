@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from jmm_fast import ops, reference
-from jmm_fast.bench.case import Case, Check, Workload
+from jmm_fast.bench.case import Case, Check, Work, Workload, moved
 from jmm_fast.bench.inputs import moving_clips
 from jmm_fast.bench.parity import compare
 from jmm_fast.ops.backend import unavailable
@@ -67,6 +67,15 @@ def missing(case: Case) -> str | None:
     return None if case.contender == "eager" else unavailable("motion_mask", case.contender)
 
 
+def work(case: Case) -> Work:
+    """Poses of 25 joints in; visible tokens, mask, places and probabilities out."""
+    size = SHAPES[case.shape]
+    tokens = size["frames"] // SETTINGS["t_patch"] * 25
+    written = 8 * reference.num_visible(tokens, SETTINGS["mask_ratio"]) + (1 + 8 + 4) * tokens
+    read = size["frames"] * 25 * 12
+    return Work(bytes=size["bodies"] * moved(case.direction, read=read, written=written))
+
+
 WORKLOAD = Workload(
     shapes=SHAPES,
     dtypes=("float32",),
@@ -75,4 +84,5 @@ WORKLOAD = Workload(
     prepare=prepare,
     checks=checks,
     unavailable=missing,
+    work=work,
 )

@@ -75,7 +75,7 @@ def verify(workloads: dict, op: str, dtype: str, contender: str) -> Parity:
                 count += 1
                 if worst is None or _badness(check) > _badness(worst):
                     worst = check
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # a kernel that does not compile has an error of Triton's own
         problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         return Parity(op, dtype, contender, isa(), count, worst, problem)
     return Parity(op, dtype, contender, isa(), count, worst)

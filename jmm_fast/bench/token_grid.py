@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from jmm_fast import ops
-from jmm_fast.bench.case import Case, Check, Workload
+from jmm_fast.bench.case import Case, Check, Work, Workload, moved
 from jmm_fast.bench.inputs import moving_clips
 from jmm_fast.bench.parity import compare, results
 from jmm_fast.ops.backend import unavailable
@@ -106,6 +106,21 @@ def missing(case: Case) -> str | None:
     return unavailable("token_grid", case.contender)
 
 
+def work(case: Case) -> Work:
+    """Gathering: the visible patches and their numbers. Putting back: visible tokens, places and embeddings in, the
+    grid out."""
+    size = SHAPES[case.shape]
+    bodies, steps, visible = size["bodies"], size["frames"] // 4, size["visible"]
+    number = case.torch_dtype.itemsize
+    if case.shape == "gather":
+        patches = bodies * visible * 12 * number
+        return Work(bytes=moved(case.direction, read=patches + bodies * visible * 8, written=patches))
+    width = size["width"] * number
+    grid, leaves = bodies * steps * JOINTS * width, (bodies * visible + 1 + JOINTS + steps) * width
+    read = leaves + bodies * steps * JOINTS * 8
+    return Work(bytes=moved(case.direction, read=read, written=grid, gradients=leaves))
+
+
 WORKLOAD = Workload(
     shapes=SHAPES,
     dtypes=("float32", "bfloat16"),
@@ -114,4 +129,5 @@ WORKLOAD = Workload(
     prepare=prepare,
     checks=checks,
     unavailable=missing,
+    work=work,
 )

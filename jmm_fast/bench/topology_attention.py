@@ -1,8 +1,6 @@
 """Attention with a joint-pair table: ours, the plain twin, PyTorch's fused attention and FlexAttention."""
 
 import functools
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -11,10 +9,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from jmm_fast import ops, reference
-from jmm_fast.bench.case import BACKENDS, Case, Check, Workload
+from jmm_fast.bench.case import BACKENDS, Case, Check, Work, Workload, moved, no_compiler
 from jmm_fast.bench.parity import compare, results
 from jmm_fast.ops.backend import unavailable
-from jmm_fast.ops.topology_attention import CUDA_TOKENS
+from jmm_fast.ops.topology_attention import AUTO_CUDA_TOKENS, CUDA_DTYPES, CUDA_TOKENS
 from jmm_fast.reference.topology_attention import pair_term
 
 JOINTS = 25
@@ -161,32 +159,52 @@ def checks(dtype: str, contender: str) -> Iterator[Check]:
 
 
 def missing(case: Case) -> str | None:
+    if case.contender == "auto":
+        if "device" not in SHAPES[case.shape]:
+            return "on the CPU the default is cpu"
+        return unavailable("topology_attention", "triton") if default(case) == "reference" else None
     if case.contender in BACKENDS:
         if case.contender == "cuda" and (case.dtype == "float32" or SHAPES[case.shape]["tokens"] > CUDA_TOKENS):
             return f"the CUDA kernel takes 16-bit floats and at most {CUDA_TOKENS} tokens"
         return unavailable("topology_attention", case.contender)
     if case.contender == "flex" and case.direction != "forward" and "device" not in SHAPES[case.shape]:
         return "FlexAttention has no backward pass on the CPU"
-    if case.contender == "flex" and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
-        return "FlexAttention is compiled on first use, and there is no C++ compiler"
-    return None
+    return no_compiler("FlexAttention") if case.contender == "flex" else None
 
 
-def flop(case: Case) -> float:
+def default(case: Case) -> str:
+    """What ``auto`` takes on this GPU; the rule is that of ``ops.topology_attention``."""
+    few = SHAPES[case.shape]["tokens"] <= AUTO_CUDA_TOKENS and case.torch_dtype in CUDA_DTYPES
+    for backend in ("cuda", "triton") if few else ("triton",):
+        if unavailable("topology_attention", backend) is None:
+            return backend
+    return "reference"
+
+
+def work(case: Case) -> Work:
     """The two matrix products of the forward pass, and the five of a backward pass that computes the scores again; the
-    plain twin keeps them, but all contenders are counted alike."""
+    plain twin keeps them, but all contenders are counted alike. A weight of the softmax is computed in either pass."""
     size = SHAPES[case.shape]
-    product = 2.0 * size["bodies"] * size["heads"] * size["tokens"] ** 2 * size["width"]
-    return product * (2 if case.direction == "forward" else 7)
+    bodies, tokens = size["bodies"], size["tokens"]
+    scores = float(bodies * size["heads"] * tokens**2)
+    back = case.direction != "forward"
+    packed = 3 * bodies * size["heads"] * tokens * size["width"] * case.torch_dtype.itemsize
+    table, joints = 4 * size["heads"] * JOINTS**2, 8 * tokens * (bodies if size["joints"] == "body" else 1)
+    return Work(
+        flop=2 * scores * size["width"] * (7 if back else 2),
+        bytes=moved(case.direction, read=packed + table + joints, written=packed / 3, gradients=packed + table),
+        exps=scores * (2 if back else 1),
+    )
 
 
 WORKLOAD = Workload(
     shapes=SHAPES,
     dtypes=("float32", "bfloat16"),
     directions=("forward", "forward_backward"),
-    contenders=("cpu", "triton", "cuda", "reference", *PEERS),
+    contenders=("cpu", "auto", "triton", "cuda", "reference", *PEERS),
     prepare=prepare,
     checks=checks,
     unavailable=missing,
-    flop=flop,
+    work=work,
+    default=default,
 )

@@ -243,7 +243,7 @@ def fit(
         say("no checkpoint yet: starting from the beginning")
 
     first = distributed.is_first()
-    take, items = _steps(model, optimizer, batches, loss_of, config, device, shared, capture, say)
+    take, items = steps(model, optimizer, batches, loss_of, config, device, shared, capture, say)
     waited = Named("data wait")
     began = time.monotonic() - seconds
     logged, logged_wait, memory, peak = time.monotonic(), 0.0, 0, ""
@@ -329,7 +329,7 @@ def fit(
     return seconds
 
 
-def _steps(
+def steps(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches,

@@ -29,7 +29,7 @@ TINY = {
         "gpu_encoder": {"bodies": 2, "tokens": 11, "width": 32, "heads": 2},
     },
     "feeder": {name: {"clips": 3, "window": 16} for name in ("ntu48", "gpu_ntu48")},
-    "step": {name: {"recipe": "demo", "bodies": 2} for name in ("released", "small", "gpu_released")},
+    "step": {name: {"recipe": "demo", "clips": 1, "bodies": 2} for name in ("released", "small", "gpu_released")},
 }
 
 
@@ -45,4 +45,6 @@ def tiny(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _quick_limits(monkeypatch):
-    monkeypatch.setattr("jmm_fast.bench.record.limits", lambda: limits(size=64, repeats=1))
+    monkeypatch.setattr(
+        "jmm_fast.bench.record.limits", lambda **options: limits(**options | {"size": 64, "repeats": 1})
+    )

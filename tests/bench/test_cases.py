@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +13,24 @@ import torch
 
 from jmm_fast import ops, reference
 from jmm_fast.bench import cases
+from jmm_fast.bench import limits as limits_module
 from jmm_fast.bench import topology_attention as attention
 from jmm_fast.bench.case import BACKENDS, Case
 from jmm_fast.bench.inputs import clip_lengths, moving_clips
 from jmm_fast.bench.limits import UNITS, limits
-from jmm_fast.bench.memory import MemoryOfCaseError, peak_bytes, peak_memory
+from jmm_fast.bench.memory import CALLS, MemoryOfCaseError, alone, data_wait, peak_bytes
 from jmm_fast.bench.numpy_feeder import FEEDERS, dense_sample, fed_by_workers, feed
 from jmm_fast.bench.rows import CONTENDERS, ROWS
+from jmm_fast.data.prefetch import ahead
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("case", [case for case in cases.all_cases() if case.contender != "flex"], ids=str)
+COMPILED = ("flex", "compiled")
+"""Take half a minute to compile on the CPU."""
+
+
+@pytest.mark.parametrize("case", [case for case in cases.all_cases() if case.contender not in COMPILED], ids=str)
 def test_every_case_runs(tiny, case):
     reason = cases.unavailable(case)
     if reason is not None:
@@ -101,10 +108,101 @@ def test_every_promise_for_a_gpu_is_a_row():
     assert promised == expected
 
 
+def test_each_bar_of_attention_on_a_gpu_is_that_of_what_auto_takes(monkeypatch):
+    """What ``ops.topology_attention`` chooses for the case's tensors, with and without the CUDA kernel."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from jmm_fast.ops import backend
+
+    right = backend.choose
+
+    class Chosen(Exception):
+        """Before anything is launched."""
+
+    def choose(*args, **kwargs):
+        raise Chosen(right(*args, **kwargs))
+
+    op = sys.modules["jmm_fast.ops.topology_attention"]
+    monkeypatch.setattr(op, "choose", choose)
+    monkeypatch.setattr(op, "shared_memory", lambda device: 99 << 10)
+    barred = {row.ours for row in ROWS if row.ours.op == "topology_attention" and row.device == "cuda" and row.bar}
+    assert {case.contender for case in barred} == {"auto"} and len(barred) == 4
+    for built in (None, "not built"):
+        monkeypatch.setitem(backend._found, ("topology_attention", "cuda"), built)
+        monkeypatch.setitem(backend._found, ("topology_attention", "triton"), None)
+        found = {}
+        for case in barred:
+            size = cases.WORKLOADS[case.op].shapes[case.shape]
+            with FakeTensorMode():
+                q = torch.empty(2, 8, size["tokens"], 32, device="cuda", dtype=case.torch_dtype)
+                table = torch.empty(8, 25, 25, device="cuda")
+                joints = torch.empty(size["tokens"], device="cuda", dtype=torch.int64)
+                with pytest.raises(Chosen) as chosen:
+                    ops.topology_attention(q, q, q, table, joints)
+            found[case.shape] = cases.WORKLOADS[case.op].default(case)
+            assert found[case.shape] == str(chosen.value)
+        assert found == {"gpu_decoder": "triton", "gpu_encoder": "triton" if built else "cuda"}
+
+
 def test_products_of_the_released_step():
     """One sample is two bodies; a forward pass of it takes 19.7 GFLOP with the embeddings and heads, which are 1 %."""
-    flop = cases.WORKLOADS["step"].flop(Case("step", "gpu_released", "bfloat16", "step", "auto"))
+    flop = cases.WORKLOADS["step"].work(Case("step", "gpu_released", "bfloat16", "step", "auto")).flop
     assert 0.98 < flop / (48 * 3 * 19.7e9) < 1
+
+
+def test_a_step_takes_batches_of_its_store(tiny):
+    run = cases.prepare(Case("step", "released", "float32", "step", "auto"))
+    losses = [run().item() for _ in range(6)]
+    # Four batches, in an order drawn once for each time round; the network learns a little with each.
+    assert len(run.waited) == 6 and all(wait >= 0 for wait in run.waited) and len(set(losses)) == 6
+    plain = cases.prepare(Case("step", "released", "float32", "step", "reference"))
+    expected = [plain().item() for _ in range(6)]
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-4, atol=0)
+
+
+def test_steps_that_wait_for_their_batches_say_so(tiny, monkeypatch):
+    """Batches that take longer to make than a step: what was made during other work does not count."""
+    run = cases.prepare(Case("step", "small", "float32", "step", "auto"))
+    items = run._items
+
+    def slow(epoch):
+        for batch in items(epoch):
+            time.sleep(0.2)
+            yield batch
+
+    run._items = lambda epoch: ahead(slow(epoch), 2)
+    run.restart()
+    next(run._stream)
+    time.sleep(0.5)  # two batches lie ready
+    monkeypatch.setattr("jmm_fast.bench.memory.SECONDS", 0.8)
+    spent = time.perf_counter()
+    wait = data_wait(run)
+    spent = time.perf_counter() - spent
+    assert CALLS <= len(run.waited) <= 1 + spent / 0.2
+    step = spent / len(run.waited) - 0.2
+    assert 0.2 - 2 * step - 0.05 < wait < 0.25
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_compiled_step_is_the_reference(tiny, monkeypatch, dtype):
+    made = []
+
+    def backend(module, _inputs):
+        made.append(module)
+        return module.forward
+
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, **options, backend=backend))
+    case = Case("step", "released", dtype, "step", "compiled")
+    run = cases.prepare(case)
+    assert len(made) == 1 and not run.waited, "compiled before it is timed"
+    plain = cases.prepare(dataclasses.replace(case, contender="reference"))
+    # The step that compiled took the first batch, and the stream began anew.
+    plain()
+    plain.restart()
+    losses = [run() for _ in range(3)]
+    assert len(made) == 1 and len(run.waited) == 3
+    torch.testing.assert_close(losses, [plain() for _ in range(3)])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -133,6 +231,8 @@ def test_a_compiled_peer_needs_a_compiler(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     case = Case("topology_attention", "decoder", "float32", "forward", "flex")
     assert cases.unavailable(case) == "FlexAttention is compiled on first use, and there is no C++ compiler"
+    case = Case("step", "released", "bfloat16", "step", "compiled")
+    assert cases.unavailable(case) == "the step is compiled on first use, and there is no C++ compiler"
 
 
 @pytest.mark.parametrize("joints_of", ["grid", "body"])
@@ -206,18 +306,37 @@ def test_limits_are_rates():
     assert found.keys() == UNITS.keys() - gpu and all(value > 0 for value in found.values())
 
 
+def test_a_limit_that_cannot_be_measured_leaves_the_others(monkeypatch):
+    def broken():
+        raise RuntimeError("no\nsuch unit")
+
+    monkeypatch.setattr(limits_module, "_exponentials", broken)
+    problems = {}
+    found = limits(size=64, repeats=1, problems=problems)
+    assert problems == {"exp_float32": "RuntimeError: no such unit"} and "exp_float32" not in found
+    assert found["gemm_float32"] > 0 and found["copy_cached"] > 0
+    with pytest.raises(RuntimeError):
+        limits(size=64, repeats=1)
+
+
 def test_peak_memory_counts_what_a_case_needs():
     # Clips and predictions of 96 bodies are 6.6 MiB; the plain twin keeps a dozen tensors of their size.
     case = Case("motion_loss", "full", "float32", "forward_backward", "reference")
-    assert 6 * 2**20 < peak_memory(case, 1) < 300 * 2**20
+    found = alone(case, 1)
+    assert 6 * 2**20 < found.bytes < 300 * 2**20 and found.data_wait is None
     assert peak_bytes() > 50 * 2**20, "torch is loaded"
+
+
+def test_a_step_in_a_process_of_its_own_says_how_long_it_waits():
+    found = alone(Case("step", "small", "bfloat16", "step", "auto"), 1)
+    assert found.bytes > 20 * 2**20 and 0 <= found.data_wait < 1
 
 
 def test_peak_memory_of_a_case_that_fails():
     with pytest.raises(
         MemoryOfCaseError, match=r"memory of motion_loss/none.*: ValueError: shape of motion_loss must be"
     ):
-        peak_memory(Case("motion_loss", "none", "float32", "forward", "reference"), 1)
+        alone(Case("motion_loss", "none", "float32", "forward", "reference"), 1)
 
 
 def test_the_benchmarks_of_pytest_take_the_same_cases(tmp_path):

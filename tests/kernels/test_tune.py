@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,6 @@ _spec.loader.exec_module(tune)
 
 
 def entry(**changes):
-    from dataclasses import replace
-
     return replace(next(item for item in tune.entries() if item.table == "FORWARD"), launch=lambda: None, **changes)
 
 
@@ -55,6 +54,66 @@ def test_the_table_stays_when_the_search_breaks_off():
     with pytest.raises(KeyboardInterrupt):
         tune.tune(entry(), "sm_90", interrupted)
     assert kernel.FORWARD["sm_90"] == before
+
+
+def test_the_shipped_sizes_come_first_then_their_neighbours():
+    grid = [(rows, warps) for rows in (16, 32, 64, 128) for warps in (2, 4, 8)]
+    found = tune.nearest_first((64, 4), grid)
+    assert found[0] == (64, 4) and set(found[1:5]) == {(32, 4), (128, 4), (64, 2), (64, 8)}
+    assert sorted(found) == sorted(grid) and found[-1] in ((16, 2), (16, 8))
+    assert tune.nearest_first((48,), [(16,), (32,), (64,)]) == [(48,), (32,), (64,), (16,)]
+
+
+def test_the_minutes_are_shared_out_and_a_late_entry_tries_the_shipped_one():
+    now = [0.0]
+
+    def measure(run):
+        now[0] += 10
+        return now[0]
+
+    items = [item for item in tune.entries() if item.kernel == "topology_attention"][:3]
+    wanted = [replace(item, launch=lambda: None) for item in items]
+    record, written = {"commit": "c", "entries": {}}, []
+    options = {"architecture": "sm_90", "measure": measure, "clock": lambda: now[0]}
+    write = lambda record: written.append(sorted(record["entries"]))  # noqa: E731
+    assert tune.search(wanted, record, write, minutes=3, **options) == []
+    # A minute each; the candidate that is begun at its end is finished.
+    assert [one["ran"] for one in record["entries"].values()] == [7, 6, 6]
+    assert len(written) == 3 and len(written[0]) == 1
+    assert tune.search(wanted, record, write, minutes=0, **options) == []
+    assert [one["ran"] for one in record["entries"].values()] == [1, 1, 1]
+
+
+def test_an_entry_that_breaks_off_is_named_and_the_others_go_on():
+    def broken():
+        raise RuntimeError("no memory\nat all")
+
+    first, second, third = (entry(key=(2, 64, length)) for length in (128, 256, 512))
+    first, second = replace(first, launch=broken), replace(second, candidates=[])
+    record, ran = {"commit": "c", "entries": {"earlier": 1}}, []
+
+    def measure(run):
+        ran.append(run)
+        if len(ran) == 1:
+            raise ValueError("too many registers")
+        return 1.0
+
+    third = replace(third, candidates=[(16, 16, 4, 1)])
+    failed = tune.search(
+        [first, second, third], record, lambda record: None, architecture="sm_90", minutes=1, measure=measure
+    )
+    assert failed == ["topology_attention.FORWARD (2, 64, 128)", "topology_attention.FORWARD (2, 64, 256)"]
+    assert list(record["entries"]) == ["earlier", "topology_attention.FORWARD (2, 64, 512)"]
+
+
+def test_parts_by_name():
+    every = tune.entries()
+    assert tune.chosen([], every) == every
+    assert {item.kernel for item in tune.chosen(["block", "clip_window"], every)} == {"block", "clip_window"}
+    assert [item.table for item in tune.chosen(["block.MLP"], every)] == ["MLP"]
+    assert tune.chosen(["few_tokens"], every) == []
+    with pytest.raises(ValueError, match=r"unknown kernel or table 'block.NONE': expected .*block.MLP"):
+        tune.chosen(["block.NONE"], every)
 
 
 def test_backends_are_compared_at_few_tokens():
