@@ -321,7 +321,8 @@ class Shared:
                     loss, terms = self.objective(part, epoch)
                 with record_function("backward"):
                     (loss * terms).backward()
-            terms = torch.as_tensor(terms, dtype=torch.float64, device=sums.device)
+            # A number of the host goes to the device as a kernel's argument: a copy would be waited for.
+            terms = terms.double() if isinstance(terms, Tensor) else torch.full_like(sums[0], terms)
             # A part without terms has no mean.
             sums += torch.stack([torch.where(terms > 0, loss.detach() * terms, 0.0), terms])
         if size() > 1:

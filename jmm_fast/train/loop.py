@@ -183,9 +183,10 @@ def fit(
 ) -> float:
     """Train ``model`` for ``config.epochs``, leaving ``metrics.jsonl`` and ``checkpoints/`` in ``folder``.
 
-    The host waits for the device every ``config.log_every`` steps, before a checkpoint and after an epoch, not in
-    between. SIGUSR1 asks for a checkpoint after the step in hand. Of several processes
-    (:mod:`jmm_fast.train.distributed`) the first reads and writes the files.
+    The host waits for the device before a checkpoint and after an epoch. A line of metrics is written when its numbers
+    have come from the device, while later steps run; only the next line waits for them. SIGUSR1 asks for a checkpoint
+    after the step in hand. Of several processes (:mod:`jmm_fast.train.distributed`) the first reads and writes the
+    files.
 
     Args:
         batches: ``len(batches)`` steps an epoch; ``batches.epoch(e, start)`` iterates over the batches of epoch ``e``
@@ -246,10 +247,31 @@ def fit(
     take, items = _steps(model, optimizer, batches, loss_of, config, device, shared, capture, say)
     waited = Named("data wait")
     began = time.monotonic() - seconds
-    logged, logged_wait, memory, peak = time.monotonic(), 0.0, 0, ""
-    logged_samples = 0
+    logged, logged_wait, logged_samples, memory, peak = time.monotonic(), 0.0, 0, 0, ""
     exchange = distributed.Exchange()
     metrics = Metrics(folder, step, written=first)
+
+    def write_line(step: int, rate: float, samples: int, wait: float, memory: int) -> None:
+        """Of the steps since the line before, which are counted now: the clock shows when the device was done."""
+        nonlocal logged
+        now = time.monotonic()
+        mean, state = ledger.mean("log"), ledger.state
+        if mean is not None:
+            metrics.write(
+                "train",
+                step,
+                epoch=step / per_epoch,
+                loss=mean,
+                lr=rate,
+                samples_per_s=samples / max(now - logged, 1e-9),
+                grad_norm=state["norm"],
+                data_wait=wait / max(now - logged, 1e-9),
+                peak_memory=memory,
+                **({"skipped": state["skipped"]} if state["skipped"] else {}),
+                time=now - began,
+            )
+        logged = now
+
     try:
         with (
             _Signals() as signals,
@@ -276,31 +298,18 @@ def fit(
                     logged_samples += samples
                     saves = step % per_epoch == 0 or step % config.checkpoint_every == 0 or stop or wanted
                     with record_function("save and log"):
-                        if logs or saves:
-                            ledger.read()
-                        last = "" if ledger.state["loss"] is None else f"  loss {ledger.state['loss']:.4f}"
+                        line = None
                         if logs:
                             memory = peak_memory(device)
                             peak = f"  peak {memory / 2**30:.2f} GiB"
+                            wait = waited.seconds - logged_wait
+                            line = functools.partial(write_line, step, rate, logged_samples, wait, memory)
+                            logged_samples, logged_wait = 0, waited.seconds
+                        if logs or saves:
+                            ledger.send(line)
+                        ledger.read(wait=saves)
+                        last = "" if ledger.state["loss"] is None else f"  loss {ledger.state['loss']:.4f}"
                         progress.advance(samples, f"epoch {epoch + 1}/{config.epochs}{last}{peak}")
-                        if logs:
-                            now = time.monotonic()
-                            mean = ledger.mean("log")
-                            if mean is not None:
-                                metrics.write(
-                                    "train",
-                                    step,
-                                    epoch=step / per_epoch,
-                                    loss=mean,
-                                    lr=rate,
-                                    samples_per_s=logged_samples / max(now - logged, 1e-9),
-                                    grad_norm=ledger.state["norm"],
-                                    data_wait=(waited.seconds - logged_wait) / max(now - logged, 1e-9),
-                                    peak_memory=memory,
-                                    **({"skipped": ledger.state["skipped"]} if ledger.state["skipped"] else {}),
-                                    time=now - began,
-                                )
-                            logged, logged_samples, logged_wait = now, 0, waited.seconds
                         if step % per_epoch == 0:
                             mean = ledger.mean("epoch")
                             values = {} if mean is None else {"loss": mean}
