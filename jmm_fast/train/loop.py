@@ -151,6 +151,18 @@ def _compute(
         with record_function("backward"):
             loss.backward()
         loss = loss.detach()
+    return _update(loss, optimizer, clip_grad=clip_grad, buffers=buffers, before=before)
+
+
+def _update(
+    loss: Tensor,
+    optimizer: torch.optim.Optimizer,
+    *,
+    clip_grad: float | None,
+    buffers: Sequence[Tensor],
+    before: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The end of a step: its gradients are there, ``before`` is what ``buffers`` held when it began."""
     with record_function("update"):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = sharding.total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
@@ -227,7 +239,9 @@ def fit(
     found = distributed.from_first(open_checkpoints)
     shared = None
     if distributed.size() * config.optim.accumulate > 1:
-        shared = distributed.Shared(model, optimizer, loss_of, config.optim.accumulate, config.shard)
+        shared = distributed.Shared(
+            model, optimizer, loss_of, config.optim.accumulate, config.shard, captured=capture is not None
+        )
     if found is not None:
         if found.record["fingerprint"] != fingerprint:
             raise SharedError(f"{folder} was trained on other data than the file given: a resumed run keeps its data")
@@ -366,19 +380,28 @@ def _steps(
 
     if capture is None:
         return take, batches.epoch
-    assert shared is None and not draws(model), "such steps cannot be captured"
+    assert not draws(model), "such steps cannot be captured"
 
-    def compute(draft: Draft) -> tuple[Tensor, Tensor]:
-        return _compute(lambda: loss_of(batches.make(draft), draft.parts()["epoch"])[0], optimizer, **how)
+    def compute(draft: Draft) -> tuple[Tensor, ...]:
+        batch, epoch = batches.make(draft), draft.parts()["epoch"]
+        if shared is None:
+            return _compute(lambda: loss_of(batch, epoch)[0], optimizer, **how)
+        return (shared.own(batch, epoch, lambda: autocast(device, config.dtype)),)
 
     graphs = StepGraphs(compute, capture, rows=batches.most_rows(), say=say)
-    keep_rates_in_memory(optimizer)
+    if shared is None:
+        keep_rates_in_memory(optimizer)
 
+    # Nothing in it draws from torch's generators, so there is nothing to seed.
     def take_captured(draft: Draft, _epoch: int, rate: float, _step: int) -> tuple[Tensor, Tensor]:
-        # Nothing in it draws from torch's generators, so there is nothing to seed.
         set_learning_rate(optimizer, rate)
+        before = [] if shared is None else [buffer.clone() for buffer in buffers]
         with record_function("graph"):
-            return graphs(draft)
+            results = graphs(draft)
+        if shared is None:
+            return results
+        loss = shared.combine(*results)
+        return _update(loss, optimizer, clip_grad=config.optim.clip_grad, buffers=buffers, before=before)
 
     return take_captured, batches.drafts
 

@@ -82,7 +82,7 @@ def pretrain(
     config = dataclasses.replace(config, model=_with_layout(config.model, store))
     check_joints(config, store)
     distributed.check_batch("data.batch_size", config.data.batch_size, config.optim.accumulate)
-    captured = graph.wanted(config.graph, device, config.optim.accumulate)
+    captured = graph.wanted(config.graph, device, config.optim.accumulate, config.shard)
     check = functools.partial(_check_folder, out, config, resume=resume, overwrite=overwrite)
     distributed.from_first(check)
     with distributed.holding(out):

@@ -1,6 +1,7 @@
 """Several processes do what one does: the same losses, weights and scores, or one line that says why not."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from jmm_fast.train.probe import probe
 
 sys.path.insert(0, str(Path(__file__).parent))
 import ranks
+import recorder
 
 
 def quiet(_text):
@@ -128,6 +130,20 @@ def test_the_same_run(gappy_clips, tiny, whole, tmp_path, size, changes):
         pretrain(tiny, data=gappy_clips, out=out, say=quiet)
     else:
         run(size, tiny, gappy_clips, out)
+    check_same(out, whole(tiny))
+
+
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [(2, {}), (4, {"data": {"batch_size": 40}}), (4, {"data": {"split": FEW}})],
+    ids=["two", "ragged", "without-clips"],
+)
+def test_the_same_run_by_captured_steps(gappy_clips, tiny, whole, tmp_path, size, changes):
+    tiny = change(tiny, epochs=16, **changes)
+    out = tmp_path / "run"
+    work = functools.partial(recorder.pretrain_captured, tiny, gappy_clips, out)
+    started = ranks.start(tmp_path / "said", [work] * size)
+    assert started.wait() == [0] * size, [started.said(rank) for rank in range(size)]
     check_same(out, whole(tiny))
 
 
