@@ -208,6 +208,42 @@ def test_a_dead_process_ends_the_others(gappy_clips, tiny, tmp_path, shard):
         assert "Traceback" not in started.said(rank)
 
 
+A_PROGRAM = """
+import atexit, os, sys
+# What threads of the group may do to an interpreter that is taken down.
+atexit.register(os.abort)
+from jmm_fast.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_the_survivor_ends_at_once_with_its_checkpoint_written(gappy_clips, tiny, tmp_path, dies):
+    out = tmp_path / "run"
+    config = change(tiny, epochs=1000, checkpoint_every=1)
+    line = [sys.executable, "-c", A_PROGRAM, *map(str, command(config, gappy_clips, out))]
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ranks.free_port())}
+    place |= {"OMP_NUM_THREADS": "1", "JMM_FAST_TIMEOUT": str(ranks.LIMIT / 2)}
+    started = []
+    for rank in ("0", "1"):
+        environment = os.environ | place | {"RANK": rank, "LOCAL_RANK": rank}
+        started.append(
+            subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+    limit = time.monotonic() + ranks.LIMIT
+    while len(read_lines(out / "metrics.jsonl")) < 5:
+        assert time.monotonic() < limit and all(process.poll() is None for process in started)
+        time.sleep(0.005)
+    started[dies].kill()
+    said = [process.communicate(timeout=ranks.LIMIT)[1] for process in started]
+    assert started[dies].returncode == -signal.SIGKILL and started[1 - dies].returncode == 2, said
+    assert "lost contact with the other processes" in said[1 - dies] and "Traceback" not in said[1 - dies]
+    if dies == 1:
+        assert not list(out.rglob("*.part"))
+        newest = checkpoint.steps(out / "checkpoints")[-1]
+        assert checkpoint.load(out / "checkpoints" / f"step-{newest:09d}.safetensors").record["step"] == newest
+
+
 def refused(tmp_path, commands):
     """What the first of several processes said in one line when all were refused."""
     started = ranks.start(tmp_path / "said", commands)
