@@ -17,7 +17,7 @@ import torch
 from jmm_fast.data import ClipStore
 from jmm_fast.files import locked
 from jmm_fast.models import JMMTGT
-from jmm_fast.train import checkpoint
+from jmm_fast.train import checkpoint, distributed
 from jmm_fast.train.config import save_config
 from jmm_fast.train.evaluate import open_source
 from jmm_fast.train.metrics import read_lines
@@ -242,6 +242,23 @@ def test_the_survivor_ends_at_once_with_its_checkpoint_written(gappy_clips, tiny
         assert not list(out.rglob("*.part"))
         newest = checkpoint.steps(out / "checkpoints")[-1]
         assert checkpoint.load(out / "checkpoints" / f"step-{newest:09d}.safetensors").record["step"] == newest
+
+
+def interrupted_in_an_exchange():
+    """The first process asks for a sum; the second never does."""
+    if distributed.rank() == 0:
+        torch.distributed.all_reduce(torch.ones(1), async_op=True)
+        raise KeyboardInterrupt
+    time.sleep(ranks.LIMIT)
+
+
+def test_an_interrupt_does_not_wait_for_the_others(tmp_path):
+    started = ranks.start(tmp_path, [interrupted_in_an_exchange] * 2)
+    first, second = started.processes
+    first.join(ranks.LIMIT / 4)
+    assert not first.is_alive() and second.is_alive()
+    second.kill()
+    assert started.wait() == [1, -signal.SIGKILL]
 
 
 def refused(tmp_path, commands):
