@@ -11,7 +11,7 @@ from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from jmm_fast import __version__
+from jmm_fast import __version__, memory
 from jmm_fast.errors import SharedError, UserError
 
 # torch takes a second to load: each command imports what it needs, so that help and typing errors are quick.
@@ -28,9 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         SIGTERM.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    # Read by torch's CPU allocator when it starts: large tensors in huge pages. Half of the reference path's attention
-    # was spent on page faults of its score matrices (18.0 s a step at the released size; 13.5 s with it).
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if args[:1] != ["bench"]:
+        memory.settle()
     try:
         if not args or args[0] in ("-h", "--help"):
             print(_help())
@@ -402,9 +401,9 @@ def _bench(args: list[str]) -> None:
                 "pages",
                 Annotated[
                     Literal["huge", "default"],
-                    arg(help="huge: torch may use huge pages, as all commands let it; default: torch as it comes"),
+                    arg(help="huge: huge pages, freed memory kept, as in all commands; default: torch as it comes"),
                 ],
-                "huge" if os.environ["THP_MEM_ALLOC_ENABLE"] == "1" else "default",
+                "huge" if os.environ.get(memory.HUGE_PAGES, "1") == "1" else "default",
             ),
         ],
         kw_only=True,
@@ -412,7 +411,8 @@ def _bench(args: list[str]) -> None:
     given = _parse(kind, args, "bench", "Our kernels against what they replace, each figure with its parity check.")
     if given.json is not None and (given.json.is_dir() or not given.json.absolute().parent.is_dir()):
         raise UserError(f"--json must be a file in a folder that exists, got {given.json}")
-    os.environ["THP_MEM_ALLOC_ENABLE"] = "1" if given.pages == "huge" else "0"
+    os.environ[memory.HUGE_PAGES] = "1" if given.pages == "huge" else "0"
+    memory.settle()
     from jmm_fast.bench.command import bench
 
     # Not a mistake of the user: a kernel of this build computes wrong numbers.
