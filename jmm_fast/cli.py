@@ -6,6 +6,7 @@ import io
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import field, fields, make_dataclass
 from pathlib import Path
@@ -60,16 +61,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) has gone: nothing is wrong, and nothing more can be said.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception:
+        if _in_group():
+            traceback.print_exc()
+            _ended(1)
+        raise
+
+
+def _in_group() -> bool:
+    """Whether this process belongs to a group of processes that it could not leave."""
+    group = sys.modules.get("torch.distributed")
+    return group is not None and group.is_available() and group.is_initialized()
 
 
 def _ended(code: int) -> int:
-    """``code``; ends the process with it where the group of processes could not be left.
+    """``code``; of a process that could not leave its group, the end.
 
     Threads of the group may still be in an exchange with the others. One that lets go of a tensor while the interpreter
     is being taken down is ended in the middle of C++ code, and so the process by SIGABRT; another is waited for.
     """
-    group = sys.modules.get("torch.distributed")
-    if group is not None and group.is_available() and group.is_initialized():
+    if _in_group():
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
                 stream.flush()
