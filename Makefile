@@ -51,7 +51,7 @@ CHECKED := tests/kernels -k "test_parity_over_shapes or test_parity_over_head_wi
 test-gpu: install
 	@if $(GPU); then set -e; \
 	  $(BIN)/python -m pytest -q tests/kernels tests/cuda; \
-	  $(BIN)/python -m pytest -q tests/bench -k gpu; \
+	  $(BIN)/python -m pytest -q tests/bench tests/data tests/train -k gpu; \
 	  if command -v $(CHECKER) > /dev/null; then \
 	    for tool in memcheck racecheck; do \
 	      PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(CHECKER) --tool $$tool --error-exitcode 1 \

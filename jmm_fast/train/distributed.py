@@ -89,9 +89,10 @@ def session() -> Iterator[None]:
         line = "lost contact with the other processes: one of them has died or the network has failed; "
         line += f"pretrain and finetune continue with --resume ({_first_line(error)})"
         raise _said(UserError(line)) from error
-    except KeyboardInterrupt:
-        # A stop that all processes agreed on.
-        _leave()
+    except KeyboardInterrupt as stop:
+        # A stop with a signal's number all processes agreed on; at another one the rest may be in an exchange for long.
+        if hasattr(stop, "signum"):
+            _leave()
         raise
     _leave()
 

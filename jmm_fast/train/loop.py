@@ -25,6 +25,7 @@ from jmm_fast.errors import SharedError
 from jmm_fast.memory import peak_bytes
 from jmm_fast.progress import Progress
 from jmm_fast.train import checkpoint, distributed, sharding
+from jmm_fast.train.activations import kept_bytes, tensors_of
 from jmm_fast.train.config import FinetuneConfig, OptimConfig, RunConfig
 from jmm_fast.train.graph import Capture, StepGraphs, draws
 from jmm_fast.train.ledger import Ledger, Step
@@ -237,10 +238,19 @@ def fit(
         return checkpoint.latest(folder_of_checkpoints, say) if resume else None
 
     found = distributed.from_first(open_checkpoints)
+    activations = None
+
+    def objective(batch, epoch: int | Tensor) -> tuple[Tensor, Tensor | int]:
+        nonlocal activations
+        loss, weight = loss_of(batch, epoch)
+        if activations is None:
+            activations = kept_bytes(loss, [*model.parameters(), *model.buffers(), *tensors_of(batch)])
+        return loss, weight
+
     shared = None
     if distributed.size() * config.optim.accumulate > 1:
         shared = distributed.Shared(
-            model, optimizer, loss_of, config.optim.accumulate, config.shard, captured=capture is not None
+            model, optimizer, objective, config.optim.accumulate, config.shard, captured=capture is not None
         )
     if found is not None:
         if found.record["fingerprint"] != fingerprint:
@@ -258,7 +268,7 @@ def fit(
         say("no checkpoint yet: starting from the beginning")
 
     first = distributed.is_first()
-    take, items = _steps(model, optimizer, batches, loss_of, config, device, shared, capture, say)
+    take, items = _steps(model, optimizer, batches, objective, config, device, shared, capture, say)
     waited = Named("data wait")
     began = time.monotonic() - seconds
     logged, logged_wait, logged_samples, memory, peak = time.monotonic(), 0.0, 0, 0, ""
@@ -281,6 +291,7 @@ def fit(
                 grad_norm=state["norm"],
                 data_wait=wait / max(now - logged, 1e-9),
                 peak_memory=memory,
+                activation_memory=activations,
                 **({"skipped": state["skipped"]} if state["skipped"] else {}),
                 time=now - began,
             )
@@ -315,7 +326,7 @@ def fit(
                         line = None
                         if logs:
                             memory = peak_memory(device)
-                            peak = f"  peak {memory / 2**30:.2f} GiB"
+                            peak = f"  peak {memory / 2**30:.2f} GiB, activations {activations / 2**30:.2f}"
                             wait = waited.seconds - logged_wait
                             line = functools.partial(write_line, step, rate, logged_samples, wait, memory)
                             logged_samples, logged_wait = 0, waited.seconds
@@ -346,7 +357,7 @@ def fit(
                             f"stopped after step {step} of {total}, checkpoint saved: --resume continues", stop
                         )
                     if trace is not None:
-                        trace.step()
+                        trace.step(activations)
     finally:
         metrics.close()
     return seconds

@@ -287,25 +287,28 @@ def test_gpu_graphs_train_as_plain_steps_do(clips, long, tmp_path, case):
 @gpu
 @pytest.mark.parametrize("capture", [True, False])
 def test_no_gpu_step_waits_for_the_gpu(clips, config, tmp_path, monkeypatch, capture):
-    """Between two readings of the losses."""
-    config = changed(config, {"device": "cuda", "graph": "on" if capture else "off", "epochs": 6})
-    config = changed(config, {"log_every": 1000, "checkpoint_every": 1000, "data": {"empty_bodies": "keep"}})
+    """Nor for a line of metrics."""
+    config = changed(config, {"device": "cuda", "graph": "on" if capture else "off", "epochs": 6, "log_every": 2})
+    config = changed(config, {"checkpoint_every": 1000, "data": {"empty_bodies": "keep"}})
     steps, taken = loop._steps, []
 
-    def guarded(*args):
-        take, items = steps(*args)
-
-        def guard(*given):
+    def guarded(work):
+        def guard(*given, **more):
             # The first steps load kernels and are captured.
             torch.cuda.set_sync_debug_mode("error" if len(taken) >= 6 else "default")
             try:
-                taken.append(given)
-                return take(*given)
+                return work(*given, **more)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 
-        return guard, items
+        return guard
 
-    monkeypatch.setattr(loop, "_steps", guarded)
+    def counted(*args):
+        take, items = steps(*args)
+        return guarded(lambda *given: (taken.append(given), take(*given))[1]), items
+
+    monkeypatch.setattr(loop, "_steps", counted)
+    for name in ("send", "read"):
+        monkeypatch.setattr(loop.Ledger, name, guarded(getattr(loop.Ledger, name)))
     pretrain(config, data=clips, out=tmp_path / "run", say=lambda _: None)
     assert len(taken) == 18
