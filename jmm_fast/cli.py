@@ -6,6 +6,7 @@ import io
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import field, fields, make_dataclass
 from pathlib import Path
@@ -51,15 +52,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         alone = not isinstance(error, SharedError) and os.environ.get("LOCAL_RANK", "0") == "0"
         if alone or os.environ.get("RANK", "0") == "0":
             print(f"jmm-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _ended(2)
     except KeyboardInterrupt as stop:
         if os.environ.get("RANK", "0") == "0":
             print(f"jmm-fast: {stop}" if str(stop) else "jmm-fast: interrupted", file=sys.stderr)
-        return 128 + getattr(stop, "signum", 2)
+        return _ended(128 + getattr(stop, "signum", 2))
     except BrokenPipeError:
         # The reader (head, less) has gone: nothing is wrong, and nothing more can be said.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception:
+        if _in_group():
+            traceback.print_exc()
+            _ended(1)
+        raise
+
+
+def _in_group() -> bool:
+    """Whether this process belongs to a group of processes that it could not leave."""
+    group = sys.modules.get("torch.distributed")
+    return group is not None and group.is_available() and group.is_initialized()
+
+
+def _ended(code: int) -> int:
+    """``code``; of a process that could not leave its group, the end.
+
+    Threads of the group may still be in an exchange with the others. One that lets go of a tensor while the interpreter
+    is being taken down is ended in the middle of C++ code, and so the process by SIGABRT; another is waited for.
+    """
+    if _in_group():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)
+    return code
 
 
 def _help() -> str:

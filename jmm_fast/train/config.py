@@ -192,7 +192,7 @@ class RunConfig:
     """Compile mask, forward pass and loss of pretraining by torch.compile."""
     graph: Literal["auto", "on", "off"] = "auto"
     """Capture the steps of pretraining as CUDA graphs, the same weights in less of the host's time. auto: wherever it
-    can be, which is on a GPU, in a single process, with optim.accumulate 1."""
+    can be, which is on a GPU, with optim.accumulate 1 and without shards."""
     prefetch: int = 2
     """Batches that are made ahead, by a thread (0: none)."""
     log_every: int = 10

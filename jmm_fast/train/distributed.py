@@ -89,9 +89,10 @@ def session() -> Iterator[None]:
         line = "lost contact with the other processes: one of them has died or the network has failed; "
         line += f"pretrain and finetune continue with --resume ({_first_line(error)})"
         raise _said(UserError(line)) from error
-    except KeyboardInterrupt:
-        # A stop that all processes agreed on.
-        _leave()
+    except KeyboardInterrupt as stop:
+        # A stop with a signal's number all processes agreed on; at another one the rest may be in an exchange for long.
+        if hasattr(stop, "signum"):
+            _leave()
         raise
     _leave()
 
@@ -276,7 +277,8 @@ class Shared:
     Part ``p`` of the batch has the loss ``l_p``, a mean over ``w_p`` terms (masked tokens). What is computed is the
     gradient of ``sum_p w_p l_p / sum_p w_p``, the mean over all terms of the batch, however it is cut; equal for any
     number of processes and parts but for rounding. DistributedDataParallel, or FSDP2 where the network is in shards,
-    sums over processes while the last part's backward pass still runs.
+    sums over processes while the last part's backward pass still runs. Where steps are captured, gradients lie in one
+    piece of memory that the processes add up in one call, after the graph: nobody talks in the middle of it.
 
     Args:
         model: what is trained; all processes take the weights of the first. In place in shards, where it is sharded.
@@ -284,6 +286,7 @@ class Shared:
         loss_of: ``(batch, epoch) -> (loss, weight)``.
         accumulate: parts that each process makes of its share.
         shard: ``full``: several processes share weights, gradients and optimiser state.
+        captured: :meth:`own` is captured and repeated; not with shards.
     """
 
     def __init__(
@@ -293,12 +296,17 @@ class Shared:
         loss_of: Callable,
         accumulate: int,
         shard: Literal["none", "full"] = "none",
+        captured: bool = False,
     ) -> None:
         self.model, self.accumulate = model, accumulate
         self.objective: nn.Module = _Objective(model, loss_of)
         self.sharded = size() > 1 and shard == "full"
+        self.together: _Together | None = None
         if self.sharded:
+            assert not captured, "shards come together in the middle of a step"
             sharding.shard(self.objective, model, optimizer)
+        elif captured:
+            self.together = _Together(model)
         elif size() > 1:
             kind = nn.parallel.DistributedDataParallel
             # Buffers are computed alike everywhere. The option has another name from torch 2.13 on.
@@ -313,7 +321,17 @@ class Shared:
             batch: this process's share.
             context: makes the context of a forward pass.
         """
+        return self.combine(self.own(batch, epoch, context))
+
+    def own(self, batch, epoch: int | Tensor, context: Callable) -> Tensor:
+        """The first half of :meth:`backward`, which asks no other process where it is captured.
+
+        Returns:
+            ``[2]``: of this share the sum of the loss over its terms, and their number.
+        """
         sums = torch.zeros(2, dtype=torch.float64, device=batch.clips.device)
+        if self.together is not None:
+            self.together.clear()
         parts = [batch] if self.accumulate == 1 else batch.split(self.accumulate)
         for number, part in enumerate(parts):
             with self._summing(number + 1 == len(parts)):
@@ -321,21 +339,56 @@ class Shared:
                     loss, terms = self.objective(part, epoch)
                 with record_function("backward"):
                     (loss * terms).backward()
-            terms = torch.as_tensor(terms, dtype=torch.float64, device=sums.device)
+            # A number of the host goes to the device as a kernel's argument: a copy would be waited for.
+            terms = terms.double() if isinstance(terms, Tensor) else torch.full_like(sums[0], terms)
             # A part without terms has no mean.
             sums += torch.stack([torch.where(terms > 0, loss.detach() * terms, 0.0), terms])
+        return sums
+
+    def combine(self, sums: Tensor) -> Tensor:
+        """The second half of :meth:`backward`, from what :meth:`own` gave."""
         if size() > 1:
             dist.all_reduce(sums)
         total, weight = sums[0], sums[1].clamp(min=1)
-        gradients = [sharding.local(value.grad) for value in self.model.parameters() if value.grad is not None]
-        torch._foreach_mul_(gradients, size() / weight)
+        if self.together is not None:
+            if size() > 1:
+                dist.all_reduce(self.together.gradients)
+            self.together.gradients.div_(weight)
+        else:
+            gradients = [sharding.local(value.grad) for value in self.model.parameters() if value.grad is not None]
+            # DistributedDataParallel and FSDP2 leave the mean over processes.
+            torch._foreach_mul_(gradients, size() / weight)
         return (total / weight).float()
 
     def _summing(self, last: bool) -> contextlib.AbstractContextManager:
         """Context of a part: gradients are summed over processes after the ``last`` alone."""
         if self.sharded:
             self.objective.set_requires_gradient_sync(last)
-        return contextlib.nullcontext() if last or self.sharded or size() == 1 else self.objective.no_sync()
+        if last or self.sharded or self.together is not None or size() == 1:
+            return contextlib.nullcontext()
+        return self.objective.no_sync()
+
+
+class _Together:
+    """The gradients of all parameters, one behind the other in one tensor; the weights become the first process's."""
+
+    GRAIN = 32  # floats: each gradient begins where kernels read whole vectors
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        lengths = [-(-parameter.numel() // self.GRAIN) * self.GRAIN for parameter in self.parameters]
+        self.gradients = torch.zeros(sum(lengths), device=self.parameters[0].device)
+        pieces = zip(self.gradients.split(lengths), self.parameters, strict=True)
+        self.views = [piece[: parameter.numel()].view_as(parameter) for piece, parameter in pieces]
+        if size() > 1:
+            for value in model.state_dict().values():
+                dist.broadcast(value, src=0)
+
+    def clear(self) -> None:
+        """Zero, and where the next backward pass adds its gradients."""
+        self.gradients.zero_()
+        for parameter, view in zip(self.parameters, self.views, strict=True):
+            parameter.grad = view
 
 
 class _Objective(nn.Module):

@@ -104,7 +104,8 @@ class StepGraphs:
     The first step of a shape runs without a graph: it loads and tunes what a capture cannot, and counts as any other.
 
     Args:
-        step: does everything from a draft to the update of the weights, on the device alone, and gives scalars.
+        step: does everything from a draft to the update of the weights (of several processes, to this one's gradient),
+            on the device alone, and gives a few numbers.
         capture: how.
         rows: the most frames that a draft can bring (``BodyBatches.most_rows``).
         limit: graphs that are kept; beyond it the one that was used longest ago goes.
@@ -187,7 +188,9 @@ def draws(model: nn.Module) -> bool:
     )
 
 
-def wanted(setting: Literal["auto", "on", "off"], device: torch.device, accumulate: int) -> bool:
+def wanted(
+    setting: Literal["auto", "on", "off"], device: torch.device, accumulate: int, shard: Literal["none", "full"]
+) -> bool:
     """Whether steps are captured: ``auto`` says so wherever they can be.
 
     Raises:
@@ -196,8 +199,8 @@ def wanted(setting: Literal["auto", "on", "off"], device: torch.device, accumula
     reason = None
     if device.type != "cuda":
         reason = f"CUDA graphs need a GPU, the device is {device}"
-    elif distributed.size() > 1:
-        reason = "several processes talk to one another in the middle of a step"
+    elif distributed.size() > 1 and shard == "full":
+        reason = "shard is full, and shards come together in the middle of a step"
     elif accumulate > 1:
         reason = f"optim.accumulate is {accumulate}, and the parts of a batch differ in shape"
     if setting == "on" and reason is not None:

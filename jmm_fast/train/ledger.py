@@ -1,7 +1,8 @@
-"""The losses of a run: read from the device a few steps at a time, summed, and stopped at where they are not finite."""
+"""The losses of a run: sent to the host a few steps at a time, summed, and stopped at where they are not finite."""
 
 import json
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,39 @@ class Step:
     norm: Tensor
 
 
+class Arriving:
+    """Numbers on their way to host memory: the host does not wait for them until it reads them.
+
+    Args:
+        numbers: on any device; may be changed or dropped at once.
+    """
+
+    def __init__(self, numbers: Tensor) -> None:
+        # A copy from a GPU runs beside the host only into pinned memory.
+        self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=numbers.is_cuda)
+        self._host.copy_(numbers, non_blocking=True)
+        self._done = torch.cuda.current_stream(numbers.device).record_event() if numbers.is_cuda else None
+
+    def arrived(self) -> bool:
+        """Whether :meth:`read` would give them at once, in every process: of several with GPUs, nobody can tell."""
+        return self._done is None or (distributed.size() == 1 and self._done.query())
+
+    def read(self) -> list:
+        """The numbers, as nested lists; waits until they are there."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._host.tolist()
+
+
+@dataclass(slots=True)
+class _Sent:
+    steps: list[Step]
+    numbers: Arriving
+    then: Callable[[], None] | None
+
+
 class Ledger:
-    """Takes note of steps without waiting for the device; :meth:`read` waits once for all of them.
+    """Takes note of steps without waiting for the device, and counts them when their numbers have come from there.
 
     Steps whose loss or gradient is not finite changed no weight (:func:`jmm_fast.train.loop.train_step` sees to that).
     They are left out of the sums and listed in ``nonfinite.json`` with their clips, newest last.
@@ -50,24 +82,46 @@ class Ledger:
         self.say = say
         self.state = {"epoch_loss": 0.0, "epoch_steps": 0, "log_loss": 0.0, "log_steps": 0}
         self.state |= {"loss": None, "norm": None, "skipped": 0, "in_row": 0}
-        self._unread: list[Step] = []
+        self._unsent: list[Step] = []
+        self._sent: deque[_Sent] = deque()
         self._bad: list[dict] = []
 
     def add(self, step: Step) -> None:
-        self._unread.append(step)
+        self._unsent.append(step)
 
-    def read(self) -> None:
-        """Read what was added.
+    def send(self, then: Callable[[], None] | None = None) -> None:
+        """Send for the numbers of the steps, one at least, that were added since.
+
+        Args:
+            then: called when these steps, and none after them, are counted.
+        """
+        steps, self._unsent = self._unsent, []
+        numbers = torch.stack([step.loss.float() for step in steps] + [step.norm.float() for step in steps])
+        self._sent.append(_Sent(steps, Arriving(numbers.view(2, -1)), then))
+
+    def read(self, *, wait: bool) -> None:
+        """Count what was sent, in order.
+
+        Args:
+            wait: for all of it. If not, for all but what was sent last, which is counted if it happens to be there: the
+                host is never further ahead of the device. Several processes count together, as they tell each other
+                the clips of a step that was not finite.
 
         Raises:
             UserError: too many steps in a row were not finite; names the file with their clips.
         """
-        if not self._unread:
-            return
-        steps, self._unread = self._unread, []
-        numbers = torch.stack([torch.stack([step.loss.float(), step.norm.float()]) for step in steps]).tolist()
+        while self._sent:
+            sent = self._sent[0]
+            if not wait and len(self._sent) == 1 and not sent.numbers.arrived():
+                return
+            self._sent.popleft()
+            self._count(sent.steps, sent.numbers.read())
+            if sent.then is not None:
+                sent.then()
+
+    def _count(self, steps: list[Step], numbers: list[list[float]]) -> None:
         state, before = self.state, self.state["skipped"]
-        for step, (loss, norm) in zip(steps, numbers, strict=True):
+        for step, loss, norm in zip(steps, *numbers, strict=True):
             if math.isfinite(loss) and math.isfinite(norm):
                 state |= {"loss": loss, "norm": norm, "in_row": 0}
                 for name in ("epoch", "log"):

@@ -25,6 +25,7 @@ from jmm_fast.errors import SharedError
 from jmm_fast.memory import peak_bytes
 from jmm_fast.progress import Progress
 from jmm_fast.train import checkpoint, distributed, sharding
+from jmm_fast.train.activations import kept_bytes, tensors_of
 from jmm_fast.train.config import FinetuneConfig, OptimConfig, RunConfig
 from jmm_fast.train.graph import Capture, StepGraphs, draws
 from jmm_fast.train.ledger import Ledger, Step
@@ -151,6 +152,18 @@ def _compute(
         with record_function("backward"):
             loss.backward()
         loss = loss.detach()
+    return _update(loss, optimizer, clip_grad=clip_grad, buffers=buffers, before=before)
+
+
+def _update(
+    loss: Tensor,
+    optimizer: torch.optim.Optimizer,
+    *,
+    clip_grad: float | None,
+    buffers: Sequence[Tensor],
+    before: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The end of a step: its gradients are there, ``before`` is what ``buffers`` held when it began."""
     with record_function("update"):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = sharding.total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
@@ -183,9 +196,10 @@ def fit(
 ) -> float:
     """Train ``model`` for ``config.epochs``, leaving ``metrics.jsonl`` and ``checkpoints/`` in ``folder``.
 
-    The host waits for the device every ``config.log_every`` steps, before a checkpoint and after an epoch, not in
-    between. SIGUSR1 asks for a checkpoint after the step in hand. Of several processes
-    (:mod:`jmm_fast.train.distributed`) the first reads and writes the files.
+    The host waits for the device before a checkpoint and after an epoch. A line of metrics is written when its numbers
+    have come from the device, while later steps run; only the next line waits for them. SIGUSR1 asks for a checkpoint
+    after the step in hand. Of several processes (:mod:`jmm_fast.train.distributed`) the first reads and writes the
+    files.
 
     Args:
         batches: ``len(batches)`` steps an epoch; ``batches.epoch(e, start)`` iterates over the batches of epoch ``e``
@@ -224,9 +238,20 @@ def fit(
         return checkpoint.latest(folder_of_checkpoints, say) if resume else None
 
     found = distributed.from_first(open_checkpoints)
+    activations = None
+
+    def objective(batch, epoch: int | Tensor) -> tuple[Tensor, Tensor | int]:
+        nonlocal activations
+        loss, weight = loss_of(batch, epoch)
+        if activations is None:
+            activations = kept_bytes(loss, [*model.parameters(), *model.buffers(), *tensors_of(batch)])
+        return loss, weight
+
     shared = None
     if distributed.size() * config.optim.accumulate > 1:
-        shared = distributed.Shared(model, optimizer, loss_of, config.optim.accumulate, config.shard)
+        shared = distributed.Shared(
+            model, optimizer, objective, config.optim.accumulate, config.shard, captured=capture is not None
+        )
     if found is not None:
         if found.record["fingerprint"] != fingerprint:
             raise SharedError(f"{folder} was trained on other data than the file given: a resumed run keeps its data")
@@ -243,13 +268,35 @@ def fit(
         say("no checkpoint yet: starting from the beginning")
 
     first = distributed.is_first()
-    take, items = steps(model, optimizer, batches, loss_of, config, device, shared, capture, say)
+    take, items = steps(model, optimizer, batches, objective, config, device, shared, capture, say)
     waited = Named("data wait")
     began = time.monotonic() - seconds
-    logged, logged_wait, memory, peak = time.monotonic(), 0.0, 0, ""
-    logged_samples = 0
+    logged, logged_wait, logged_samples, memory, peak = time.monotonic(), 0.0, 0, 0, ""
     exchange = distributed.Exchange()
     metrics = Metrics(folder, step, written=first)
+
+    def write_line(step: int, rate: float, samples: int, wait: float, memory: int) -> None:
+        """Of the steps since the line before, which are counted now: the clock shows when the device was done."""
+        nonlocal logged
+        now = time.monotonic()
+        mean, state = ledger.mean("log"), ledger.state
+        if mean is not None:
+            metrics.write(
+                "train",
+                step,
+                epoch=step / per_epoch,
+                loss=mean,
+                lr=rate,
+                samples_per_s=samples / max(now - logged, 1e-9),
+                grad_norm=state["norm"],
+                data_wait=wait / max(now - logged, 1e-9),
+                peak_memory=memory,
+                activation_memory=activations,
+                **({"skipped": state["skipped"]} if state["skipped"] else {}),
+                time=now - began,
+            )
+        logged = now
+
     try:
         with (
             _Signals() as signals,
@@ -276,31 +323,18 @@ def fit(
                     logged_samples += samples
                     saves = step % per_epoch == 0 or step % config.checkpoint_every == 0 or stop or wanted
                     with record_function("save and log"):
-                        if logs or saves:
-                            ledger.read()
-                        last = "" if ledger.state["loss"] is None else f"  loss {ledger.state['loss']:.4f}"
+                        line = None
                         if logs:
                             memory = peak_memory(device)
-                            peak = f"  peak {memory / 2**30:.2f} GiB"
+                            peak = f"  peak {memory / 2**30:.2f} GiB, activations {activations / 2**30:.2f}"
+                            wait = waited.seconds - logged_wait
+                            line = functools.partial(write_line, step, rate, logged_samples, wait, memory)
+                            logged_samples, logged_wait = 0, waited.seconds
+                        if logs or saves:
+                            ledger.send(line)
+                        ledger.read(wait=saves)
+                        last = "" if ledger.state["loss"] is None else f"  loss {ledger.state['loss']:.4f}"
                         progress.advance(samples, f"epoch {epoch + 1}/{config.epochs}{last}{peak}")
-                        if logs:
-                            now = time.monotonic()
-                            mean = ledger.mean("log")
-                            if mean is not None:
-                                metrics.write(
-                                    "train",
-                                    step,
-                                    epoch=step / per_epoch,
-                                    loss=mean,
-                                    lr=rate,
-                                    samples_per_s=logged_samples / max(now - logged, 1e-9),
-                                    grad_norm=ledger.state["norm"],
-                                    data_wait=(waited.seconds - logged_wait) / max(now - logged, 1e-9),
-                                    peak_memory=memory,
-                                    **({"skipped": ledger.state["skipped"]} if ledger.state["skipped"] else {}),
-                                    time=now - began,
-                                )
-                            logged, logged_samples, logged_wait = now, 0, waited.seconds
                         if step % per_epoch == 0:
                             mean = ledger.mean("epoch")
                             values = {} if mean is None else {"loss": mean}
@@ -323,7 +357,7 @@ def fit(
                             f"stopped after step {step} of {total}, checkpoint saved: --resume continues", stop
                         )
                     if trace is not None:
-                        trace.step()
+                        trace.step(activations)
     finally:
         metrics.close()
     return seconds
@@ -357,19 +391,28 @@ def steps(
 
     if capture is None:
         return take, batches.epoch
-    assert shared is None and not draws(model), "such steps cannot be captured"
+    assert not draws(model), "such steps cannot be captured"
 
-    def compute(draft: Draft) -> tuple[Tensor, Tensor]:
-        return _compute(lambda: loss_of(batches.make(draft), draft.parts()["epoch"])[0], optimizer, **how)
+    def compute(draft: Draft) -> tuple[Tensor, ...]:
+        batch, epoch = batches.make(draft), draft.parts()["epoch"]
+        if shared is None:
+            return _compute(lambda: loss_of(batch, epoch)[0], optimizer, **how)
+        return (shared.own(batch, epoch, lambda: autocast(device, config.dtype)),)
 
     graphs = StepGraphs(compute, capture, rows=batches.most_rows(), say=say)
-    keep_rates_in_memory(optimizer)
+    if shared is None:
+        keep_rates_in_memory(optimizer)
 
+    # Nothing in it draws from torch's generators, so there is nothing to seed.
     def take_captured(draft: Draft, _epoch: int, rate: float, _step: int) -> tuple[Tensor, Tensor]:
-        # Nothing in it draws from torch's generators, so there is nothing to seed.
         set_learning_rate(optimizer, rate)
+        before = [] if shared is None else [buffer.clone() for buffer in buffers]
         with record_function("graph"):
-            return graphs(draft)
+            results = graphs(draft)
+        if shared is None:
+            return results
+        loss = shared.combine(*results)
+        return _update(loss, optimizer, clip_grad=config.optim.clip_grad, buffers=buffers, before=before)
 
     return take_captured, batches.drafts
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from jmm_fast.errors import UserError
 from jmm_fast.files import atomic_write_text
 
-MEASURED = ("time", "samples_per_s", "data_wait", "peak_memory")
+MEASURED = ("time", "samples_per_s", "data_wait", "peak_memory", "activation_memory")
 """Values of a line that another launch of the same run measures anew; all others it computes again."""
 
 

@@ -82,7 +82,10 @@ def pretrain(
     config = dataclasses.replace(config, model=_with_layout(config.model, store))
     check_joints(config, store)
     distributed.check_batch("data.batch_size", config.data.batch_size, config.optim.accumulate)
-    captured = graph.wanted(config.graph, device, config.optim.accumulate)
+    captured = graph.wanted(config.graph, device, config.optim.accumulate, config.shard)
+    if config.compile and config.shard == "full" and distributed.size() > 1:
+        # FSDP's hooks, which fetch a block's weights before it computes, cannot be part of a graph.
+        raise SharedError("compile is on and shard is full: expected one of them, compile off or shard none")
     check = functools.partial(_check_folder, out, config, resume=resume, overwrite=overwrite)
     distributed.from_first(check)
     with distributed.holding(out):

@@ -55,6 +55,7 @@ class Trace:
     def __init__(self, folder: Path, device: torch.device, parts: tuple[str, ...], say: Callable[[str], None]) -> None:
         self.folder, self.device, self.parts, self.say = folder, device, parts, say
         self._written = False
+        self._activations = 0
         # torch's profiler tells of its own start and stop on stderr.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
@@ -73,7 +74,9 @@ class Trace:
         if not self._written and error[0] is None:
             self.say(f"no profile: the run ended before its step {UNTIMED + TIMED}")
 
-    def step(self) -> None:
+    def step(self, activations: int) -> None:
+        """The step in hand ends here; ``activations``: bytes that a step keeps for its backward pass."""
+        self._activations = activations
         self._profile.step()
 
     def _write(self, done: profile) -> None:
@@ -99,7 +102,9 @@ class Trace:
         return "\n".join([*lines, "", averages.table(sort_by=key, row_limit=30), ""])
 
     def _memory(self) -> str:
+        kept = f"activations kept for the backward pass: {self._activations / 2**20:.1f} MiB"
         if self.device.type != "cuda":
-            return f"peak memory of the process: {peak_bytes() / 2**20:.0f} MiB"
+            return f"peak memory of the process: {peak_bytes() / 2**20:.0f} MiB; {kept}"
         held, peak = torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
-        return f"peak memory of tensors: {peak / 2**20:.0f} MiB, {(peak - held) / 2**20:.0f} of it within a step"
+        within = f"{(peak - held) / 2**20:.0f} of it within a step"
+        return f"peak memory of tensors: {peak / 2**20:.0f} MiB, {within}; {kept}"

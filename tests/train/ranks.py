@@ -43,21 +43,25 @@ class Ranks:
         return path.read_text() if path.exists() else ""
 
 
+def free_port() -> int:
+    """Of this machine."""
+    with contextlib.closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def start(folder: Path, commands: list) -> Ranks:
     """One process per command line of ``jmm-fast``, joined as ranks 0, 1, ...; what they write goes into ``folder``.
 
     In place of a command line a function of a module, called in the session of the processes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
     # DistributedDataParallel imports the last one, which takes seconds.
     context.set_forkserver_preload(
         ["jmm_fast.train.pretrain", "jmm_fast.recipes", "torch.utils.tensorboard", "torch._dynamo"]
     )
-    processes = []
+    processes, port = [], free_port()
     for rank, command in enumerate(commands):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(commands), "MASTER_ADDR": "127.0.0.1"}
         place |= {"MASTER_PORT": port, "JMM_FAST_TIMEOUT": LIMIT / 2}

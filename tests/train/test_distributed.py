@@ -1,6 +1,7 @@
 """Several processes do what one does: the same losses, weights and scores, or one line that says why not."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import torch
 from jmm_fast.data import ClipStore
 from jmm_fast.files import locked
 from jmm_fast.models import JMMTGT
-from jmm_fast.train import checkpoint
+from jmm_fast.train import checkpoint, distributed
 from jmm_fast.train.config import save_config
 from jmm_fast.train.evaluate import open_source
 from jmm_fast.train.metrics import read_lines
@@ -26,6 +27,7 @@ from jmm_fast.train.probe import probe
 
 sys.path.insert(0, str(Path(__file__).parent))
 import ranks
+import recorder
 
 
 def quiet(_text):
@@ -131,6 +133,20 @@ def test_the_same_run(gappy_clips, tiny, whole, tmp_path, size, changes):
     check_same(out, whole(tiny))
 
 
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [(2, {}), (4, {"data": {"batch_size": 40}}), (4, {"data": {"split": FEW}})],
+    ids=["two", "ragged", "without-clips"],
+)
+def test_the_same_run_by_captured_steps(gappy_clips, tiny, whole, tmp_path, size, changes):
+    tiny = change(tiny, epochs=16, **changes)
+    out = tmp_path / "run"
+    work = functools.partial(recorder.pretrain_captured, tiny, gappy_clips, out)
+    started = ranks.start(tmp_path / "said", [work] * size)
+    assert started.wait() == [0] * size, [started.said(rank) for rank in range(size)]
+    check_same(out, whole(tiny))
+
+
 def test_a_signal_stops_all_and_fewer_go_on(gappy_clips, tiny, whole, tmp_path):
     """SIGTERM reaches one of four processes, SIGUSR1 another: all stop after the same step; two finish the run."""
     tiny = change(tiny, epochs=20)
@@ -206,6 +222,94 @@ def test_a_dead_process_ends_the_others(gappy_clips, tiny, tmp_path, shard):
         lines = [line for line in started.said(rank).splitlines() if "error" in line]
         assert len(lines) == 1 and "lost contact with the other processes" in lines[0], started.said(rank)
         assert "Traceback" not in started.said(rank)
+
+
+def programs(code, line):
+    """Two processes that end as programs do, with all that Python does then."""
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ranks.free_port())}
+    place |= {"OMP_NUM_THREADS": "1", "JMM_FAST_TIMEOUT": str(ranks.LIMIT / 2)}
+    line = [
+        sys.executable,
+        "-c",
+        f"{code}\nimport sys\nfrom jmm_fast.cli import main\nsys.exit(main(sys.argv[1:]))",
+        *line,
+    ]
+    return [
+        subprocess.Popen(
+            [str(word) for word in line],
+            env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+# What threads of the group may do to an interpreter that is taken down.
+FRAGILE = """
+import atexit, os
+atexit.register(os.abort)
+"""
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_the_survivor_ends_at_once_with_its_checkpoint_written(gappy_clips, tiny, tmp_path, dies):
+    out = tmp_path / "run"
+    started = programs(FRAGILE, command(change(tiny, epochs=1000, checkpoint_every=1), gappy_clips, out))
+    limit = time.monotonic() + ranks.LIMIT
+    while len(read_lines(out / "metrics.jsonl")) < 5:
+        assert time.monotonic() < limit and all(process.poll() is None for process in started)
+        time.sleep(0.005)
+    started[dies].kill()
+    said = [process.communicate(timeout=ranks.LIMIT)[1] for process in started]
+    assert started[dies].returncode == -signal.SIGKILL and started[1 - dies].returncode == 2, said
+    assert "lost contact with the other processes" in said[1 - dies] and "Traceback" not in said[1 - dies]
+    if dies == 1:
+        assert not list(out.rglob("*.part"))
+        newest = checkpoint.steps(out / "checkpoints")[-1]
+        assert checkpoint.load(out / "checkpoints" / f"step-{newest:09d}.safetensors").record["step"] == newest
+
+
+A_BUG = """
+import time, torch
+from jmm_fast.train import pretrain
+def broken(*_args, **_more):
+    if torch.distributed.get_rank() == 0:
+        torch.distributed.all_reduce(torch.ones(1), async_op=True)
+        raise RuntimeError("a bug")
+    time.sleep(600)
+pretrain.pretrain = broken
+"""
+
+
+def test_a_bug_in_one_process_does_not_wait_for_the_others(clips, tiny, tmp_path):
+    first, second = programs(A_BUG, command(tiny, clips, tmp_path / "run"))
+    try:
+        said = first.communicate(timeout=ranks.LIMIT / 4)[1]
+        assert first.returncode == 1 and second.poll() is None
+        assert said.count("Traceback") == 1 and said.rstrip().endswith("RuntimeError: a bug")
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.communicate()
+
+
+def interrupted_in_an_exchange():
+    """The first process asks for a sum; the second never does."""
+    if distributed.rank() == 0:
+        torch.distributed.all_reduce(torch.ones(1), async_op=True)
+        raise KeyboardInterrupt
+    time.sleep(ranks.LIMIT)
+
+
+def test_an_interrupt_does_not_wait_for_the_others(tmp_path):
+    started = ranks.start(tmp_path, [interrupted_in_an_exchange] * 2)
+    first, second = started.processes
+    first.join(ranks.LIMIT / 4)
+    assert not first.is_alive() and second.is_alive()
+    second.kill()
+    assert started.wait() == [1, -signal.SIGKILL]
 
 
 def refused(tmp_path, commands):

@@ -18,6 +18,7 @@ from jmm_fast.files import locked
 from jmm_fast.models import JMMTGT
 from jmm_fast.train import checkpoint, loop
 from jmm_fast.train.config import save_config
+from jmm_fast.train.metrics import read_lines
 from jmm_fast.train.pretrain import pretrain
 
 
@@ -245,7 +246,9 @@ def test_a_profile(clips, config, tmp_path, said):
     assert sum(rows.values()) == pytest.approx(float(whole), abs=0.05)
     assert min(rows.values()) >= 0 and rows["forward"] > 0 and rows["backward"] > 0
     assert any("aten::addmm" in line or "jmm_fast::" in line for line in table[10:])
-    assert re.fullmatch(r"peak memory of the process: \d+ MiB", table[11])
+    memory = r"peak memory of the process: \d+ MiB; activations kept for the backward pass: (\d+\.\d) MiB"
+    kept = read_lines(out / "metrics.jsonl")[0]["activation_memory"]
+    assert re.fullmatch(memory, table[11])[1] == f"{kept / 2**20:.1f}" != "0.0"
     events = json.loads((out / "profile" / "trace.json").read_text())["traceEvents"]
     assert {"data wait", "forward", "backward", "update"} <= {event.get("name") for event in events}
     # What is measured is the run itself.

@@ -1,21 +1,12 @@
-"""Captured steps.
-
-Without a GPU a recorder stands for CUDA graphs: it notes the operators of a step with the tensors they work on and does
-them again, so what is not in that memory when they run again is as stale as in a graph.
-"""
+"""Captured steps. Without a GPU a recorder stands for CUDA graphs; steps of several processes: test_distributed.py."""
 
 import dataclasses
-import math
 import sys
-import traceback
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from jmm_fast import ops
 from jmm_fast.data import BodyBatches, Draft
@@ -26,81 +17,9 @@ from jmm_fast.train.graph import StepGraphs
 from jmm_fast.train.metrics import MEASURED, read_lines
 from jmm_fast.train.pretrain import pretrain
 
-# Give the host a number of the device, or a shape that depends on one.
-WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique_dim", "_unique2"}
-# The checks of values that ops make on CPU tensors alone.
-CHECKS_ON_CPU = ("ops/motion_loss.py", "ops/clip_window.py", "ops/topology_attention.py")
-
-
-def storages(values):
-    return {x.untyped_storage().data_ptr() for x in tree_flatten(values)[0] if isinstance(x, torch.Tensor)}
-
-
-class Operators(TorchDispatchMode):
-    """Notes the operators that run: function, arguments, and what they made that is no view of an argument."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func.overloadpacket.__name__ in WAITS:
-            places = [frame.filename for frame in traceback.extract_stack()]
-            assert any(place.endswith(CHECKS_ON_CPU) for place in places), f"{func} waits for the device"
-        out = func(*args, **kwargs)
-        given = storages((args, kwargs))
-        results = [x for x in tree_flatten(out)[0] if isinstance(x, torch.Tensor)]
-        fresh = [None if x.untyped_storage().data_ptr() in given else x.detach() for x in results]
-        self.calls.append((func, args, kwargs, fresh))
-        return out
-
-
-class Recorder:
-    """A capture whose replays do the operators of the step again."""
-
-    strict = True
-    made: ClassVar[list["Recorder"]] = []
-
-    def __init__(self, device, optimizer, *, strict=True):
-        self.optimizer = optimizer
-        self.captures, self.replays, self.warm_ups = 0, 0, 0
-        Recorder.made.append(self)
-
-    def state(self):
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return parameters + [x for p in parameters for x in self.optimizer.state[p].values()]
-
-    def warm_up(self, work):
-        self.warm_ups += 1
-        return work()
-
-    def capture(self, work):
-        self.captures += 1
-        state = self.state()
-        before = [x.detach().clone() for x in state]
-        with Operators() as operators:
-            results = work()
-        with torch.no_grad():
-            # A capture computes nothing.
-            for x, old in zip(state, before, strict=True):
-                x.copy_(old)
-
-        @torch.no_grad()
-        def replay():
-            self.replays += 1
-            fresh = [x for *_, made in operators.calls for x in made if x is not None]
-            for x in fresh:
-                # Another graph has worked in this memory.
-                x.fill_(math.nan if x.is_floating_point() else 0 if x.dtype == torch.bool else -(2**40))
-            for func, args, kwargs, made in operators.calls:
-                again = [x for x in tree_flatten(func(*args, **kwargs))[0] if isinstance(x, torch.Tensor)]
-                for x, new in zip(made, again, strict=True):
-                    if x is not None:
-                        x.copy_(new)
-            return tuple(x.clone() for x in results)
-
-        return replay
+sys.path.insert(0, str(Path(__file__).parent))
+import recorder
+from recorder import Recorder
 
 
 @pytest.fixture
@@ -158,9 +77,9 @@ def changed(config, values):
 def test_captured_steps_give_the_same_weights(clips, long, tmp_path, recorded, case, monkeypatch):
     config = changed(long, CASES[case])
     ours = run(clips, config, tmp_path / "captured")
-    (recorder,) = recorded
-    assert recorder.warm_ups + recorder.replays == 24 and recorder.replays >= 12
-    assert recorder.captures == 1 if case == "kept" else recorder.captures > 2
+    (made,) = recorded
+    assert made.warm_ups + made.replays == 24 and made.replays >= 12
+    assert made.captures == 1 if case == "kept" else made.captures > 2
     monkeypatch.setattr(graph, "wanted", lambda *_: False)
     assert same(ours, run(clips, config, tmp_path / "plain"))
     assert len({line["loss"] for line in ours[1]}) > 20, "no two steps are alike"
@@ -224,7 +143,7 @@ def stale_draft(monkeypatch):
 def stale_epoch(monkeypatch):
     draw = ops.motion_mask
     monkeypatch.setattr(ops, "motion_mask", lambda *args, epoch, **more: draw(*args, epoch=int(epoch), **more))
-    monkeypatch.setattr(sys.modules[__name__], "CHECKS_ON_CPU", (*CHECKS_ON_CPU, Path(__file__).name))
+    monkeypatch.setattr(recorder, "CHECKS_ON_CPU", (*recorder.CHECKS_ON_CPU, Path(__file__).name))
 
 
 def stale_rate(monkeypatch):
@@ -321,16 +240,20 @@ def test_a_capture_that_fails():
 
 def test_where_graphs_are_wanted(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert graph.wanted("auto", gpu, 1) and graph.wanted("on", gpu, 1) and not graph.wanted("off", gpu, 1)
-    assert not graph.wanted("auto", cpu, 1) and not graph.wanted("auto", gpu, 2)
+    assert (
+        graph.wanted("auto", gpu, 1, "none")
+        and graph.wanted("on", gpu, 1, "none")
+        and not graph.wanted("off", gpu, 1, "none")
+    )
+    assert not graph.wanted("auto", cpu, 1, "none") and not graph.wanted("auto", gpu, 2, "none")
     with pytest.raises(UserError, match="graph is on, but CUDA graphs need a GPU, the device is cpu: expected auto or"):
-        graph.wanted("on", cpu, 1)
+        graph.wanted("on", cpu, 1, "none")
     with pytest.raises(UserError, match=r"graph is on, but optim.accumulate is 2"):
-        graph.wanted("on", gpu, 2)
+        graph.wanted("on", gpu, 2, "none")
     monkeypatch.setattr(distributed, "size", lambda: 2)
-    assert not graph.wanted("auto", gpu, 1)
-    with pytest.raises(UserError, match="graph is on, but several processes talk"):
-        graph.wanted("on", gpu, 1)
+    assert graph.wanted("auto", gpu, 1, "none") and not graph.wanted("auto", gpu, 1, "full")
+    with pytest.raises(UserError, match="graph is on, but shard is full, and shards come together in the middle of a"):
+        graph.wanted("on", gpu, 1, "full")
 
 
 def test_a_run_that_cannot_have_graphs_is_refused_before_it_starts(clips, config, tmp_path):
@@ -364,25 +287,28 @@ def test_gpu_graphs_train_as_plain_steps_do(clips, long, tmp_path, case):
 @gpu
 @pytest.mark.parametrize("capture", [True, False])
 def test_no_gpu_step_waits_for_the_gpu(clips, config, tmp_path, monkeypatch, capture):
-    """Between two readings of the losses."""
-    config = changed(config, {"device": "cuda", "graph": "on" if capture else "off", "epochs": 6})
-    config = changed(config, {"log_every": 1000, "checkpoint_every": 1000, "data": {"empty_bodies": "keep"}})
-    steps, taken = loop._steps, []
+    """Nor for a line of metrics."""
+    config = changed(config, {"device": "cuda", "graph": "on" if capture else "off", "epochs": 6, "log_every": 2})
+    config = changed(config, {"checkpoint_every": 1000, "data": {"empty_bodies": "keep"}})
+    steps, taken = loop.steps, []
 
-    def guarded(*args):
-        take, items = steps(*args)
-
-        def guard(*given):
+    def guarded(work):
+        def guard(*given, **more):
             # The first steps load kernels and are captured.
             torch.cuda.set_sync_debug_mode("error" if len(taken) >= 6 else "default")
             try:
-                taken.append(given)
-                return take(*given)
+                return work(*given, **more)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 
-        return guard, items
+        return guard
 
-    monkeypatch.setattr(loop, "_steps", guarded)
+    def counted(*args):
+        take, items = steps(*args)
+        return guarded(lambda *given: (taken.append(given), take(*given))[1]), items
+
+    monkeypatch.setattr(loop, "steps", counted)
+    for name in ("send", "read"):
+        monkeypatch.setattr(loop.Ledger, name, guarded(getattr(loop.Ledger, name)))
     pretrain(config, data=clips, out=tmp_path / "run", say=lambda _: None)
     assert len(taken) == 18

@@ -41,6 +41,8 @@ def test_a_run_and_what_it_leaves(clips, config, tmp_path, said):
     assert [record["step"] for record in train] == [*range(2, steps + 1, 2)]
     assert {"epoch", "loss", "lr", "samples_per_s", "time"} <= train[0].keys()
     assert all(0 <= record["data_wait"] < 1 and record["peak_memory"] > 50 * 2**20 for record in train)
+    (kept,) = {record["activation_memory"] for record in train}
+    assert 50_000 < kept < 2 * 2**20
     epochs = [record for record in records if record["kind"] == "epoch"]
     assert [record["epoch"] for record in epochs] == [*range(1, 13)]
     assert epochs[-1]["loss"] < 0.98 * epochs[0]["loss"]
