@@ -52,19 +52,19 @@ def test_a_backend_that_refuses_leaves_the_call_to_the_next(everything):
 
 
 @pytest.mark.parametrize(
-    "length, dim, dtype, joints, memory, expected",
+    "length, dim, dtype, joints, room, expected",
     [
-        (74, 32, torch.bfloat16, 25, 227, "cuda"),
-        (AUTO_CUDA_TOKENS, 64, torch.float16, 25, 227, "cuda"),
-        (AUTO_CUDA_TOKENS + 1, 32, torch.bfloat16, 25, 227, "triton"),
-        (74, 32, torch.bfloat16, 25, 48, "triton"),
-        (74, 32, torch.bfloat16, 65, 227, "triton"),
-        (74, 24, torch.bfloat16, 25, 227, "triton"),
-        (74, 32, torch.float32, 25, 227, "triton"),
+        (74, 32, torch.bfloat16, 25, 128, "cuda"),
+        (AUTO_CUDA_TOKENS, 64, torch.float16, 25, 128, "cuda"),
+        (AUTO_CUDA_TOKENS + 1, 32, torch.bfloat16, 25, 128, "triton"),
+        (74, 32, torch.bfloat16, 25, 64, "triton"),
+        (74, 32, torch.bfloat16, 65, 128, "triton"),
+        (74, 24, torch.bfloat16, 25, 128, "triton"),
+        (74, 32, torch.float32, 25, 128, "triton"),
     ],
 )
-def test_which_kernel_few_tokens_take_on_a_gpu(everything, monkeypatch, length, dim, dtype, joints, memory, expected):
-    monkeypatch.setattr(sys.modules["jmm_fast.ops.topology_attention"], "shared_memory", lambda device: memory << 10)
+def test_which_kernel_few_tokens_take_on_a_gpu(everything, monkeypatch, length, dim, dtype, joints, room, expected):
+    monkeypatch.setattr(sys.modules["jmm_fast.ops.topology_attention"], "_room", lambda dim, joints, device: room)
     took = []
     with FakeTensorMode():
         # Without gradients, which a torch for CPUs cannot even plan on a GPU.
@@ -86,3 +86,17 @@ def test_which_kernel_few_tokens_take_on_a_gpu(everything, monkeypatch, length, 
         statistics = torch.empty(2, 4, 8, length, device="cuda")
         gradients = backward(out, q, q, q, table, numbers, out, statistics, False, 1.0)
         assert [x.shape for x in gradients] == [q.shape, q.shape, q.shape, table.shape]
+
+
+def test_room_on_a_gpu_for_sizes_that_are_symbols(monkeypatch):
+    """One graph for all lengths: the question what a device has room for must not stop a compiler."""
+    op, asked = sys.modules["jmm_fast.ops.topology_attention"], []
+    monkeypatch.setattr(op, "_room", torch._dynamo.assume_constant_result(lambda *sizes: asked.append(sizes) or 100))
+
+    def fits(q, table):
+        return q + (q.shape[2] <= op.cuda_tokens(q.shape[3], table.shape[1], 0))
+
+    compiled = torch.compile(fits, fullgraph=True, dynamic=True, backend="eager")
+    for length, joints, expected in ((74, 25, 1), (90, 17, 1), (128, 25, 0)):
+        assert (compiled(torch.zeros(2, 3, length, 32), torch.zeros(3, joints, joints)) == expected).all()
+    assert set(asked) == {(32, 25, 0), (32, 17, 0)}
