@@ -21,6 +21,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 ANY = config.ANY
 
+REACH = 1 << 31
+"""Places within a body and head are 32-bit numbers of elements in the kernels, bodies and heads 64-bit ones."""
+
 # (bytes an element, D, N), each at most -> block of queries, block of keys, warps, stages.
 _FORWARD = {
     (2, 64, 128): (64, 32, 4, 3),
@@ -310,6 +313,12 @@ def _backward_keys(
     tl.store(Dv + place, dv.to(Dv.dtype.element_ty), mask=both)
 
 
+def _near(x: Tensor) -> Tensor:
+    """``x``, or a copy of it where places within a body and head go beyond ``REACH``."""
+    _, _, length, dim = x.shape
+    return x.contiguous() if (length - 1) * x.stride(2) + (dim - 1) * x.stride(3) >= REACH else x
+
+
 def _token_major(x: Tensor) -> Tensor:
     bodies, heads, length, dim = x.shape
     return x.new_empty(bodies, length, heads, dim).transpose(1, 2)
@@ -347,6 +356,7 @@ def forward(
     statistics = q.new_empty((2, bodies, heads, length), dtype=torch.float32)
     if not out.numel():
         return out, statistics
+    q, k, v = map(_near, (q, k, v))
     term, numbers, step, count = _term(q, table, joints)
     rows, columns, warps, stages = config.choose(FORWARD, q, length)
     blocks, tasks = triton.cdiv(length, rows), bodies * heads
@@ -417,6 +427,7 @@ def _gradients(
     shape = (0,) if table is None else table.shape
     if not q.numel():
         return q.new_zeros(shape, dtype=torch.float32)
+    grad, q, k, v, out = map(_near, (grad, q, k, v, out))
     term, numbers, step, count = _term(q, table, joints)
     constants = _constants(q, table, multiply)
     rows, columns, warps, stages = config.choose(QUERIES, q, length)

@@ -45,8 +45,9 @@ def _seed():
     torch.manual_seed(0)
 
 
-def _attention(q, k, v, table, joints, mode, scale):
+def _attention(q, k, v, table, joints, mode="add", scale=None):
     """The formula of topology attention, written without a look at the package."""
+    scale = q.shape[3] ** -0.5 if scale is None else scale
     scores = scale * torch.einsum("bhid,bhjd->bhij", q, k)
     if table is not None:
         term = torch.stack([table[:, joint][:, :, joint] for joint in joints.expand(q.shape[0], -1)])
@@ -59,6 +60,11 @@ def _pair_gradients(q, k, v, grad, scale):
     weights = torch.softmax(scale * q @ k.transpose(2, 3), 3)
     change = grad @ v.transpose(2, 3)
     return (weights * (change - (weights * change).sum(3, keepdim=True))).abs()
+
+
+@pytest.fixture
+def attention_formula():
+    return _attention
 
 
 @pytest.fixture

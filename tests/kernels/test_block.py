@@ -309,6 +309,14 @@ def test_mlp_wider_than_the_fused_kernel(form, device):
     check(randomize(Mlp(300, 20), device), torch.randn(1, 20, 300, device=device))
 
 
+def test_mlp_of_weights_of_any_strides(form, device):
+    mlp = randomize(Mlp(32, 64), device)
+    with torch.no_grad():
+        for layer in (mlp.fc1, mlp.fc2):
+            layer.weight.set_(layer.weight.t().contiguous().t())
+    check(mlp, torch.randn(2, 40, 32, device=device), size=largest)
+
+
 def test_gelu_over_its_whole_range(form, device, gelu):
     layers = [layer.to(device) for layer in (gelu.norm, gelu.fc1, gelu.fc2)]
     out = ops.mlp_half(ops.Stream(torch.zeros(1, 1, len(gelu.values), device=device)), *layers).settle()

@@ -76,6 +76,17 @@ def test_views(check, problem, device):
     check(q.transpose(2, 3).contiguous().transpose(2, 3), k.flip(2), v, table.transpose(1, 2), joints)
 
 
+def test_tensors_whose_rows_lie_far_apart(check, problem, device, monkeypatch):
+    """Offsets within a body and head are 32 bits wide: what goes beyond them is copied first."""
+    from jmm_fast.kernels import topology_attention as kernel
+
+    far = torch.empty_strided((2, 3, 750, 32), (32, 64, 2**22, 1), device="meta")
+    assert kernel._near(far).is_contiguous() and kernel._near(far[:, :, :500]).stride() == far.stride()
+    monkeypatch.setattr(kernel, "REACH", 100)
+    q, k, v, table, joints = problem(40, bodies=2)
+    check(*(x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3) for x in (q, k, v)), table, joints)
+
+
 def test_nothing_outside_the_inputs_is_read(check, problem, device):
     ring = torch.full((3, 4, 44, 3, 20), float("nan"), device=device)
     inner = ring[:1, 1:3, 1:42, :, 2:18]
