@@ -65,29 +65,50 @@ std::tuple<Tensor, Tensor> run_forward(const Tensor& q, const Tensor& k, const T
   return {out, statistics};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k,
-                                                        const Tensor& v, std::optional<Tensor> table,
-                                                        std::optional<Tensor> joints, const Tensor& out,
-                                                        const Tensor& statistics_in, bool multiply, double scale) {
+/// Fills `dq`, `dk` and `dv`, views of anything that a single instruction may write eight channels of; gives the
+/// table's gradient.
+Tensor run_backward_into(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
+                         std::optional<Tensor> table, std::optional<Tensor> joints, const Tensor& out,
+                         const Tensor& statistics_in, bool multiply, double scale, Tensor dq, Tensor dk, Tensor dv) {
   const Inputs<Problem> inputs = check(q, k, v, table, joints, multiply, scale);
   const Problem& p = inputs.problem;
   check_like(kDevice, "grad_out", grad_out, q);
   check_like(kDevice, "out", out, q);
+  check_like(kDevice, "dq", dq, q);
+  check_like(kDevice, "dk", dk, q);
+  check_like(kDevice, "dv", dv, q);
   const Tensor statistics = check_statistics(kDevice, statistics_in, q);
-  Tensor dq = token_major(q), dk = token_major(q), dv = token_major(q);
   Tensor dtable = table_like(q, table);
   const int64_t rows = p.bodies * p.heads * p.tokens;
   if (rows == 0) {
     torch::stable::zero_(dtable);
-    return {dq, dk, dv, dtable};
+    return dtable;
   }
   const int64_t parts = std::min<int64_t>(p.bodies, kMostParts);
   const Tensor partial = empty(q, {p.heads, parts, p.joints, p.joints}, ScalarType::Float);
   const float* most = static_cast<const float*>(statistics.const_data_ptr());
-  run(q, p,
-      Backward{view(grad_out), view(out), view(dq), view(dk), view(dv), most, most + rows,
-               static_cast<float*>(partial.mutable_data_ptr()), static_cast<int>(parts)},
-      static_cast<float*>(dtable.mutable_data_ptr()));
+  const Backward g{view(grad_out),
+                   view(out),
+                   view(dq),
+                   view(dk),
+                   view(dv),
+                   most,
+                   most + rows,
+                   static_cast<float*>(partial.mutable_data_ptr()),
+                   static_cast<int>(parts)};
+  STD_TORCH_CHECK(g.dq.wide && g.dk.wide && g.dv.wide, "dq, dk and dv must have rows of 16 bytes that lie together");
+  run(q, p, g, static_cast<float*>(dtable.mutable_data_ptr()));
+  return dtable;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k,
+                                                        const Tensor& v, std::optional<Tensor> table,
+                                                        std::optional<Tensor> joints, const Tensor& out,
+                                                        const Tensor& statistics, bool multiply, double scale) {
+  STD_TORCH_CHECK(q.dim() == 4, "q must be [B,H,N,D]");
+  Tensor dq = token_major(q), dk = token_major(q), dv = token_major(q);
+  const Tensor dtable =
+      run_backward_into(grad_out, q, k, v, table, joints, out, statistics, multiply, scale, dq, dk, dv);
   return {dq, dk, dv, dtable};
 }
 
@@ -96,6 +117,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& grad_out, 
 STABLE_TORCH_LIBRARY_IMPL(jmm_fast, CUDA, m) {
   m.impl("topology_attention_cuda_forward", TORCH_BOX(&run_forward));
   m.impl("topology_attention_cuda_backward", TORCH_BOX(&run_backward));
+  m.impl("topology_attention_cuda_backward_into", TORCH_BOX(&run_backward_into));
 }
 
 }  // namespace jmm_fast::topology_attention::cuda

@@ -37,9 +37,15 @@ _SCHEMAS = {
     "Tensor statistics, bool multiply, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
 }
 # Of packed queries, keys and values, whose gradient comes packed; for blocks.
+for _kind in ("cuda", "triton"):
+    library.define(
+        f"topology_attention_{_kind}_packed_backward(Tensor grad_out, Tensor packed, Tensor? table, Tensor? joints, "
+        "Tensor out, Tensor statistics, bool multiply, float scale) -> (Tensor, Tensor)"
+    )
 library.define(
-    "topology_attention_triton_packed_backward(Tensor grad_out, Tensor packed, Tensor? table, Tensor? joints, "
-    "Tensor out, Tensor statistics, bool multiply, float scale) -> (Tensor, Tensor)"
+    "topology_attention_cuda_backward_into(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? table, "
+    "Tensor? joints, Tensor out, Tensor statistics, bool multiply, float scale, "
+    "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> Tensor"
 )
 for _name, _schema in _SCHEMAS.items():
     # In C++ for the CPU; in CUDA C++; as Triton kernels, on CUDA tensors or in Triton's interpreter.
@@ -118,18 +124,23 @@ def topology_attention(
     if joints is not None:
         joints = joints.long()
     scale = dim**-0.5 if scale is None else float(scale)
-    backend = choose(
+    backend = attention_backend(q, table, backend)
+    if backend in _KERNELS:
+        return _NativeAttention.apply(q, k, v, table, joints, mode == "scale", scale, backend)
+    return torch.ops.jmm_fast.topology_attention(q, k, v, table, joints, mode == "scale", scale)
+
+
+def attention_backend(q: Tensor, table: Tensor | None, backend: str) -> str:
+    """The backend that runs :func:`topology_attention` on these inputs."""
+    return choose(
         "topology_attention",
         backend,
         q,
-        unloved=("cuda",) if length > AUTO_CUDA_TOKENS else (),
+        unloved=("cuda",) if q.shape[2] > AUTO_CUDA_TOKENS else (),
         cpu=_refusal(q, table),
         triton=_triton_refusal(q, table),
         cuda=_cuda_refusal(q, table),
     )
-    if backend in _KERNELS:
-        return _NativeAttention.apply(q, k, v, table, joints, mode == "scale", scale, backend)
-    return torch.ops.jmm_fast.topology_attention(q, k, v, table, joints, mode == "scale", scale)
 
 
 def _refusal(q: Tensor, table: Tensor | None) -> str | None:
@@ -251,6 +262,24 @@ def _fake_backward(grad_out, q, k, v, table, joints, out, statistics, multiply, 
     return _token_major(q), _token_major(q), _token_major(q), dtable
 
 
+def split_heads(packed: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values ``[B,H,N,D]``, views of ``[B,N,3*H*D]``."""
+    return packed.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _cuda_packed_backward(grad_out, packed, table, joints, out, statistics, multiply, scale):
+    dpacked = torch.empty_like(packed, memory_format=torch.contiguous_format)
+    parts, into = (split_heads(x, out.shape[1]) for x in (packed, dpacked))
+    dtable = torch.ops.jmm_fast.topology_attention_cuda_backward_into(
+        grad_out, *parts, table, joints, out, statistics, multiply, scale, *into
+    )
+    return dpacked, dtable
+
+
+library.impl("topology_attention_cuda_packed_backward", _cuda_packed_backward, "CUDA")
+
+
+@torch.library.register_fake("jmm_fast::topology_attention_cuda_packed_backward", lib=library)
 @torch.library.register_fake("jmm_fast::topology_attention_triton_packed_backward", lib=library)
 def _fake_packed_backward(grad_out, packed, table, joints, out, statistics, multiply, scale):
     dtable = packed.new_empty((0,) if table is None else table.shape, dtype=torch.float32)

@@ -73,9 +73,10 @@ def poisoned(x):
 
 @pytest.fixture
 def attention(kernel):
-    """``attention(joints, mode, ...)``: the kernels as one differentiable function of q, k, v and the table."""
+    """``attention(joints, mode, ...)``: the kernels as one differentiable function of q, k, v and the table.
+    ``packed``: gradients are written where those of packed queries, keys and values lie."""
 
-    def make(joints, mode="add", scale=None, order=MIXED, parts=2):
+    def make(joints, mode="add", scale=None, order=MIXED, parts=2, packed=False):
         class Attention(torch.autograd.Function):
             @staticmethod
             def problem(q, k, v, table):
@@ -100,7 +101,9 @@ def attention(kernel):
             @staticmethod
             def backward(ctx, grad):
                 q, k, v, table, out, statistics = ctx.saved_tensors
-                problem, dq, dk, dv = Attention.problem(q, k, v, table), poisoned(q), poisoned(q), poisoned(q)
+                problem, (dq, dk, dv) = Attention.problem(q, k, v, table), (poisoned(q) for _ in range(3))
+                if packed:
+                    dq, dk, dv = poisoned(torch.cat([q, q, q], 1)).unflatten(1, (3, -1)).unbind(1)
                 dtable = None if table is None else torch.full_like(table, torch.nan)
                 shape = (q.shape[1], parts, *(() if table is None else table.shape[1:]))
                 partial = torch.full(shape, torch.nan)
@@ -197,6 +200,12 @@ def test_views(check):
     check(q[:1].expand_as(q), k[:, :1].expand_as(k), v[..., :1].expand_as(v), table, joints)
     check(q, k, v, table, joints, grad=torch.randn(2, 1, 1, 32).bfloat16().expand_as(q))
     check(q, k, v, table, torch.stack([joints, joints + 1000], 2)[..., 0])
+
+
+def test_packed_gradients(check):
+    inputs = make(74, heads=3)
+    first, second = (check(*inputs, grad=inputs[0], packed=packed) for packed in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_nothing_outside_the_inputs_is_read(check):
