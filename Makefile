@@ -43,14 +43,15 @@ lint: install
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# On a GPU: all tests of kernels for it, then some of them under compute-sanitizer. A few minutes; elsewhere it says why not.
+# On a GPU: all tests of kernels for it, by several workers as Triton compiles for minutes; then, under compute-sanitizer, some that
+# launch every kernel. A few minutes; elsewhere it says why not.
 GPU := $(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "skipped: torch " + torch.__version__ + " finds no CUDA GPU on this machine")'
 CHECKER := compute-sanitizer
-CHECKED := tests/kernels -k "test_parity_over_shapes or test_parity_over_head_widths or test_many_bodies_and_views or test_few_and_all_visible or test_masked_tokens_alone or test_short_floats or test_parts_of_the_stream"
+CHECKED := tests/kernels -k "test_parity_over_shapes or test_parity_over_head_widths or test_many_bodies_and_views or test_few_and_all_visible or test_masked_tokens_alone or test_short_floats or test_parts_of_the_stream or test_mlp_over_lengths or test_norm_and_head or test_a_whole_grid"
 
 test-gpu: install
 	@if $(GPU); then set -e; \
-	  $(BIN)/python -m pytest -q tests/kernels tests/cuda; \
+	  $(BIN)/python -m pytest -q -n 8 tests/kernels tests/cuda; \
 	  $(BIN)/python -m pytest -q tests/bench -k gpu; \
 	  if command -v $(CHECKER) > /dev/null; then \
 	    for tool in memcheck racecheck; do \
