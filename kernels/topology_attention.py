@@ -48,9 +48,10 @@ _KEYS = {
     (4, 128, ANY): (16, 16, 8, 1),
 }
 FORWARD, QUERIES, KEYS = (dict.fromkeys(config.ARCHITECTURES.values(), table) for table in (_FORWARD, _QUERIES, _KEYS))
+FORWARD["sm_100"] = _FORWARD | {(2, 128, ANY): (64, 32, 8, 2)}
 QUERIES["sm_80"] = {(2, 32, ANY): (64, 32, 4, 2)} | _QUERIES | {(2, 64, ANY): (64, 32, 8, 2)}
 QUERIES["sm_100"] = _QUERIES | {(2, 64, ANY): (64, 32, 8, 2)}
-KEYS["sm_80"] = _KEYS | {(2, 64, ANY): (32, 64, 4, 2)}
+KEYS["sm_80"] = {(2, 32, ANY): (32, 64, 4, 2)} | _KEYS | {(2, 64, ANY): (32, 64, 4, 1)}
 KEYS["sm_100"] = _KEYS | {(2, 64, 128): (32, 32, 4, 1), (2, 64, ANY): (64, 64, 8, 2)}
 """Sizes that compile without spills on each architecture, by Triton 3.6 as by 3.9, of which on 8.0 and 9.0 no two warps
 compute the same scores where operands are 16 bits wide and the head at most 32; not yet measured on a GPU."""
@@ -155,11 +156,16 @@ def _further(
     """Result, largest score and sum of weights with the keys from ``begin`` on."""
     column = begin + tl.arange(0, BN)
     factor = _factor(scale, FOLD)
-    k = _tile(K, column, N, kn, kd, D, DP, TAIL).to(DOT)
+    if TAIL:
+        dim = tl.arange(0, DP)
+        inside = (dim < D)[:, None] & (column < N)[None, :]
+        k = tl.load(K + column[None, :] * kn + dim[:, None] * kd, mask=inside, other=0.0).to(DOT)
+    else:
+        k = tl.trans(_tile(K, column, N, kn, kd, D, DP, TAIL).to(DOT))
     other = k
     if TERM > 0:
         other = _onehot(_joints(Joints, column, N, TAIL), VP, DOT)
-    product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    product = tl.dot(q, k, input_precision=PRECISION)
     s, _ = _scores(product, high, low, other, scale, TERM, EXACT, FOLD, PRECISION)
     if TAIL:
         s = tl.where((column < N)[None, :], s, float("-inf"))
@@ -198,16 +204,18 @@ def _forward(
     most = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, DP], tl.float32)
-    # Whole blocks of keys need no masks.
-    whole = N // BN * BN
+    # Whole blocks of keys need no masks. A second copy of the code, which takes more registers.
+    whole = 0
+    if not EXACT and DP <= 64:
+        whole = N // BN * BN
     for begin in range(0, whole, BN):
         acc, most, total = _further(
             q, high, low, acc, most, total, K, Vv, Joints, kn, kd, vn, vd, begin, N, scale,
             D, DP, VP, BN, TERM, DOT, EXACT, FOLD, False, PRECISION,
         )  # fmt: skip
-    if whole < N:
+    for begin in range(whole, N, BN):
         acc, most, total = _further(
-            q, high, low, acc, most, total, K, Vv, Joints, kn, kd, vn, vd, whole, N, scale,
+            q, high, low, acc, most, total, K, Vv, Joints, kn, kd, vn, vd, begin, N, scale,
             D, DP, VP, BN, TERM, DOT, EXACT, FOLD, True, PRECISION,
         )  # fmt: skip
     acc = acc / total[:, None]
@@ -311,15 +319,17 @@ def _backward_queries(
     tl.store(Rows + task * N + row, delta, mask=here)
     tl.store(Rows + (tasks + task) * N + row, inverse, mask=here)
     dq = tl.zeros([BM, DP], tl.float32)
-    whole = N // BN * BN
+    whole = 0
+    if not EXACT and DP <= 64:
+        whole = N // BN * BN
     for begin in range(0, whole, BN):
         dq, dterm = _change(
             q, grad, most, delta, high, low, dq, dterm, K, Vv, Joints, kn, kd, vn, vd, begin, N, scale,
             D, DP, VP, BN, TERM, DOT, EXACT, FOLD, False, PRECISION,
         )  # fmt: skip
-    if whole < N:
+    for begin in range(whole, N, BN):
         dq, dterm = _change(
-            q, grad, most, delta, high, low, dq, dterm, K, Vv, Joints, kn, kd, vn, vd, whole, N, scale,
+            q, grad, most, delta, high, low, dq, dterm, K, Vv, Joints, kn, kd, vn, vd, begin, N, scale,
             D, DP, VP, BN, TERM, DOT, EXACT, FOLD, True, PRECISION,
         )  # fmt: skip
     place = Dq + body * db + head * dh + row[:, None] * dn + dim[None, :]
