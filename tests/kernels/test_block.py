@@ -427,7 +427,7 @@ def test_opcheck(form, device):
     y, normed, statistics = table.block_triton_add_norm(x, branch, d[0], factor, rows, *d[1:], 1e-5, BF16)
     packed = draw(2, 9, 24)
     pair, joints = draw(2, 5, 5), torch.arange(9, device=device) % 5
-    q, k, v = ops.block._split(packed, 2)
+    q, k, v = ops.block.split_heads(packed, 2)
     out, held = table.topology_attention_triton_forward(q, k, v, pair, joints, False, 0.5)
     for name, arguments in (
         ("block_triton_add_norm", (x, branch, d[0], factor, rows, *d[1:], 1e-5, BF16)),
