@@ -105,6 +105,13 @@ def test_peaked_softmax(check, problem):
     check(q, k, v, table - 200, joints)
 
 
+@pytest.mark.parametrize("scale", [0.7, 0.0, -0.3])
+def test_any_scale(check, problem, scale):
+    """Only a positive one goes into the exponents of short floats."""
+    for dtype, mode in ((torch.bfloat16, "add"), (torch.float16, "scale"), (torch.float32, "add")):
+        check(*problem(40, heads=1, dim=16, mode=mode, dtype=dtype), mode, scale)
+
+
 def test_repeatable_bit_for_bit(check, problem):
     inputs = problem(70, bodies=2, own=True)
     first, second = check(*inputs, grad=inputs[0]), check(*inputs, grad=inputs[0])
