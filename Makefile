@@ -53,7 +53,7 @@ GPU_WORKERS ?= 8
 GPU_RECORD ?= build/test_gpu.xml
 GPU_TESTS := tests/kernels tests/cuda tests/ops/test_backend.py tests/data/test_batches.py tests/train/test_graph.py tests/train/test_waits.py tests/bench
 CHECKER := compute-sanitizer
-CHECKED := tests/kernels -k "test_parity_over_shapes or test_parity_over_head_widths or test_many_bodies_and_views or test_few_and_all_visible or test_masked_tokens_alone or test_short_floats or test_parts_of_the_stream"
+CHECKED := tests/kernels -k "test_parity_over_shapes or test_parity_over_head_widths or test_many_bodies_and_views or test_few_and_all_visible or test_masked_tokens_alone or test_short_floats or test_parts_of_the_stream or test_mlp_over_lengths or test_norm_and_head or test_a_whole_grid"
 
 test-gpu: install
 	@if $(GPU); then \

@@ -3,6 +3,7 @@
 #include <Python.h>
 
 #include "motion_mask/cuda_kernel.h"
+#include "topology_attention/cuda_kernel.h"
 
 namespace {
 
@@ -12,8 +13,18 @@ PyObject* load_error(PyObject*, PyObject*) {
   return PyUnicode_FromString(error);
 }
 
+PyObject* attention_tokens(PyObject*, PyObject* arguments) {
+  int memory, width, joints;
+  if (!PyArg_ParseTuple(arguments, "iii:attention_tokens", &memory, &width, &joints)) return nullptr;
+  return PyLong_FromLong(jmm_fast::topology_attention::cuda::most_tokens(memory, width, joints));
+}
+
 PyMethodDef methods[] = {
     {"load_error", load_error, METH_NOARGS, "None when the kernels run on the current GPU, else CUDA's reason."},
+    {"attention_tokens", attention_tokens, METH_VARARGS,
+     "attention_tokens(memory, width, joints): most tokens of which a block of topology attention takes at most so "
+     "many "
+     "bytes of shared memory."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -466,6 +466,7 @@ def column_sums(x: Tensor) -> Tensor:
 @config.on_device
 def mlp_fused(n: Tensor, weight1: Tensor, bias: Tensor, weight2: Tensor) -> Tensor:
     """``weight2 GELU(weight1 n + bias)`` of ``n [R,d]``; weights in its dtype."""
+    n, weight1, bias, weight2 = (x.contiguous() for x in (n, weight1, bias, weight2))
     out = torch.empty_like(n)
     if out.numel():
         rows, units, warps, stages = config.choose(MLP, n)
@@ -481,7 +482,7 @@ def mlp_fused_backward(
     grad: Tensor, n: Tensor, weight1: Tensor, bias: Tensor, weight2: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``n``, in its dtype, and of ``weight1``, ``bias`` and ``weight2``, float32."""
-    grad = grad.contiguous()
+    grad, n, weight1, bias, weight2 = (x.contiguous() for x in (grad, n, weight1, bias, weight2))
     count, width = n.shape
     hidden = len(weight1)
     dn = torch.empty_like(n)

@@ -54,7 +54,7 @@ def _cut(
     second = Frames + (start + high)[:, None] * ff + column
     x = _mixed(first, second, weight, inside)
     y = _mixed(first + fc, second + fc, weight, inside)
-    z = _mixed(first + 2 * fc, second + 2 * fc, weight, inside)
+    z = _mixed(first + fc + fc, second + fc + fc, weight, inside)  # twice the stride may not fit 32 bits
     if TURN:
         Sine += 3 * body
         Cosine += 3 * body

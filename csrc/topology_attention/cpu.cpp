@@ -1,26 +1,22 @@
 // CPU implementations of jmm_fast::topology_attention_{forward,backward}; their schemas are defined in Python.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
-#include <array>
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "isa.h"
 #include "parallel.h"
+#include "topology_attention/arguments.h"
 #include "topology_attention/cpu_kernel.h"
 
 namespace jmm_fast::topology_attention {
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
+constexpr const char* kDevice = "CPU";
 // Enough tasks to keep many cores busy; a constant, so that the split never depends on the machine.
 constexpr int64_t kForwardTasks = 64;
 // Bodies are summed into this many partial tables per head, which are then added in order.
@@ -43,55 +39,16 @@ View view(const Tensor& tensor) {
   return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
 }
 
-/// Empty `[B,H,N,D]` with memory order B,N,H,D: joining the heads again is then a view.
-Tensor token_major(const Tensor& like) {
-  const std::array<int64_t, 4> sizes{like.size(0), like.size(2), like.size(1), like.size(3)};
-  return torch::stable::transpose(torch::stable::new_empty(like, {sizes.data(), sizes.size()}), 1, 2);
-}
-
-void check_like(const char* name, const Tensor& tensor, const Tensor& q) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 4 && tensor.scalar_type() == q.scalar_type(), name,
-                  " must be a CPU tensor [B,H,N,D] of q's dtype");
-  for (int64_t i = 0; i < 4; ++i) STD_TORCH_CHECK(tensor.size(i) == q.size(i), name, " must have q's shape");
-}
-
-/// Keeps what a Problem points to.
-struct Inputs {
-  Problem problem;
-  std::optional<Tensor> table, joints;
-};
-
-Inputs check(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& table,
-             const std::optional<Tensor>& joints, bool multiply, double scale) {
-  STD_TORCH_CHECK(q.is_cpu() && q.dim() == 4, "q must be a CPU tensor [B,H,N,D]");
+Inputs<Problem> check(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& table,
+                      const std::optional<Tensor>& joints, bool multiply, double scale) {
   const ScalarType dtype = q.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "q must be float32 or bfloat16");
-  check_like("k", k, q);
-  check_like("v", v, q);
-  Inputs inputs{{}, table, joints};
+  Inputs<Problem> inputs = make_inputs<Problem>(kDevice, q.is_cpu(), q, k, v, table, joints, scale);
   Problem& p = inputs.problem;
-  p.bodies = q.size(0), p.heads = q.size(1), p.tokens = q.size(2), p.width = q.size(3);
   STD_TORCH_CHECK(p.width >= 1 && p.width <= 128, "the head width must be 1 to 128, got ", p.width);
   p.q = view(q), p.k = view(k), p.v = view(v);
-  p.bfloat16 = dtype == ScalarType::BFloat16;
-  p.scale = static_cast<float>(scale);
-  p.multiply = multiply && table.has_value();
-  if (!table.has_value()) return inputs;
-
-  STD_TORCH_CHECK(table->is_cpu() && table->dim() == 3 && table->scalar_type() == ScalarType::Float &&
-                      table->size(0) == p.heads && table->size(1) == table->size(2),
-                  "table must be a float32 CPU tensor [H,V,V]");
-  STD_TORCH_CHECK(joints.has_value(), "a table needs joints");
-  STD_TORCH_CHECK(joints->is_cpu() && joints->scalar_type() == ScalarType::Long &&
-                      (joints->dim() == 1 || (joints->dim() == 2 && joints->size(0) == p.bodies)) &&
-                      joints->size(joints->dim() - 1) == p.tokens,
-                  "joints must be an int64 CPU tensor [N] or [B,N]");
-  inputs.table = torch::stable::contiguous(*table);
-  p.joints = table->size(1);
-  p.table = static_cast<const float*>(inputs.table->data_ptr());
-  p.joint = static_cast<const int64_t*>(joints->data_ptr());
-  p.joint_body = joints->dim() == 2 ? joints->stride(0) : 0;
-  p.joint_token = joints->stride(joints->dim() - 1);
+  if (p.table == nullptr) return inputs;
+  p.multiply = multiply;
   // The public function looks too, but not while it is compiled, and a wrong joint would read another's memory.
   for (int64_t b = 0; b < (p.joint_body != 0 ? p.bodies : 1); ++b) {
     for (int64_t i = 0; i < p.tokens; ++i) {
@@ -104,11 +61,9 @@ Inputs check(const Tensor& q, const Tensor& k, const Tensor& v, const std::optio
 
 std::tuple<Tensor, Tensor> run_forward(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<Tensor> table,
                                        std::optional<Tensor> joints, bool multiply, double scale) {
-  const Inputs inputs = check(q, k, v, table, joints, multiply, scale);
+  const Inputs<Problem> inputs = check(q, k, v, table, joints, multiply, scale);
   const Problem& p = inputs.problem;
-  Tensor out = token_major(q);
-  const std::array<int64_t, 4> sizes{2, p.bodies, p.heads, p.tokens};
-  Tensor statistics = torch::stable::new_empty(q, {sizes.data(), sizes.size()}, ScalarType::Float);
+  Tensor out = token_major(q), statistics = empty(q, {2, p.bodies, p.heads, p.tokens}, ScalarType::Float);
   const int64_t pairs = p.bodies * p.heads;
   if (pairs == 0 || p.tokens == 0) return {out, statistics};
 
@@ -134,32 +89,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& grad_out, 
                                                         const Tensor& v, std::optional<Tensor> table,
                                                         std::optional<Tensor> joints, const Tensor& out,
                                                         const Tensor& statistics_in, bool multiply, double scale) {
-  const Inputs inputs = check(q, k, v, table, joints, multiply, scale);
+  const Inputs<Problem> inputs = check(q, k, v, table, joints, multiply, scale);
   const Problem& p = inputs.problem;
-  check_like("grad_out", grad_out, q);
-  check_like("out", out, q);
-  STD_TORCH_CHECK(statistics_in.is_cpu() && statistics_in.dim() == 4 &&
-                      statistics_in.scalar_type() == ScalarType::Float && statistics_in.size(0) == 2 &&
-                      statistics_in.size(1) == p.bodies && statistics_in.size(2) == p.heads &&
-                      statistics_in.size(3) == p.tokens,
-                  "statistics must be a float32 CPU tensor [2,B,H,N]");
-  const Tensor statistics = torch::stable::contiguous(statistics_in);
+  check_like(kDevice, "grad_out", grad_out, q);
+  check_like(kDevice, "out", out, q);
+  const Tensor statistics = check_statistics(kDevice, statistics_in, q);
   Tensor dq = token_major(q), dk = token_major(q), dv = token_major(q);
   const int64_t entries = p.table != nullptr ? p.joints * p.joints : 0;
-  const std::array<int64_t, 3> table_sizes{p.heads, p.joints, p.joints};
-  const std::array<int64_t, 1> none{0};
-  Tensor dtable = p.table != nullptr
-                      ? torch::stable::new_empty(q, {table_sizes.data(), table_sizes.size()}, ScalarType::Float)
-                      : torch::stable::new_empty(q, {none.data(), none.size()}, ScalarType::Float);
+  Tensor dtable = table_like(q, table);
 
-  const bool empty = p.bodies == 0 || p.heads == 0 || p.tokens == 0;
-  const int64_t parts = empty ? 0 : (p.table != nullptr ? std::min(p.bodies, kTableParts) : p.bodies);
+  const bool nothing = p.bodies == 0 || p.heads == 0 || p.tokens == 0;
+  const int64_t parts = nothing ? 0 : (p.table != nullptr ? std::min(p.bodies, kTableParts) : p.bodies);
   std::vector<double> partial(static_cast<size_t>(p.heads * parts * entries));
   const float* shift = static_cast<const float*>(statistics.data_ptr());
   const Backward g{view(grad_out), view(out), view(dq),
                    view(dk),       view(dv),  {shift, shift + p.bodies * p.heads * p.tokens}};
   const Isa isa = active_isa();
-  const int64_t scratch = empty ? 0 : backward_scratch(isa, p);
+  const int64_t scratch = nothing ? 0 : backward_scratch(isa, p);
   run_tasks(p.heads * parts, [&](auto next) {
     Worker worker{thread_scratch(scratch), -1};
     for (int64_t task; (task = next()) < p.heads * parts;) {

@@ -99,6 +99,13 @@ struct BackwardMemory {
   }
 };
 
+/// The most tokens of which a block has no more than `memory` bytes in either pass; the backward pass takes more.
+inline int fitting_tokens(int memory, int width, int joints) {
+  int tokens = kMostTokens;
+  while (tokens > 0 && BackwardMemory::bytes(width, tokens, joints) > memory) --tokens;
+  return tokens;
+}
+
 struct alignas(16) Quad {
   uint32_t word[4];
 };

@@ -92,6 +92,8 @@ const char* words_for(cudaError_t error) { return error == cudaSuccess ? nullptr
 
 }  // namespace
 
+int most_tokens(int memory, int width, int joints) { return fitting_tokens(memory, width, joints); }
+
 const char* launch(const Problem& p, const Forward& f, int device, void* stream) {
   return words_for(run(p, f, device, stream));
 }

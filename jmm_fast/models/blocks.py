@@ -82,6 +82,7 @@ class Block(nn.Module):
         attn, mlp = self.attn, self.mlp
         shared = {"heads": attn.heads, "multiply": attn.mode == "scale", "keep": keep}
         if isinstance(x, ops.Stream):
+            shared["backend"] = attn.backend
             x = ops.attention_half(x, self.norm1, attn.qkv, attn.proj, table, joints, **shared)
             x = x._replace(factor=self.drop_path.factor(x.x))
             x = ops.mlp_half(x, self.norm2, mlp.fc1, mlp.fc2)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from jmm_fast.ops.backend import interpreted, library, on_triton, unavailable
+from jmm_fast.ops.topology_attention import attention_backend, split_heads
 
 _MAX_HEAD_DIM = 128
 _MAX_JOINTS = 128
@@ -112,6 +113,7 @@ def attention_half(
     multiply: bool,
     keep: Tensor | None = None,
     add: bool = True,
+    backend: str = "auto",
 ) -> Tensor | Stream:
     """``x + proj(topology_attention(qkv(norm(x))))``, or without ``x +``.
 
@@ -123,6 +125,7 @@ def attention_half(
         table, joints, multiply: as in ``topology_attention``.
         keep: int64 ``[B,M]``: the tokens of each body whose output is wanted, each at most once; None for all.
         add: whether ``x`` is added; of a stream it is, and ``Stream.factor`` scales what is added.
+        backend: of a stream on a GPU, whose attention: ``"auto"`` chooses as ``topology_attention`` does.
 
     Returns:
         float32 ``[B,N,d]`` or ``[B,M,d]``; a stream of them for a stream.
@@ -132,7 +135,10 @@ def attention_half(
     if isinstance(x, Stream):
         x, n = _add_norm(x, norm, _products_dtype(x.x))
         packed = _Linear.apply(n, qkv.weight, qkv.bias)
-        joined = _PackedAttention.apply(packed, table, joints, heads, multiply)
+        kind = "triton"
+        if backend == "auto" and packed.is_cuda:
+            kind = attention_backend(split_heads(packed, heads)[0], table, backend)
+        joined = _PackedAttention.apply(packed, table, joints, heads, multiply, kind)
         return Stream(x, _Linear.apply(joined, proj.weight, None), proj.bias, rows=_flat(keep, x))
     half = torch.is_autocast_enabled("cpu")
     rows = _flat(keep, x)
@@ -220,7 +226,7 @@ class _AttentionHalf(torch.autograd.Function):
         ops = torch.ops.jmm_fast
         bodies, tokens, dim = x.shape
         packed = ops.norm_linear_forward(x, norm_w, norm_b, qkv_w, qkv_b, eps, half)
-        q, k, v = _split(packed, heads)
+        q, k, v = split_heads(packed, heads)
         scale = (dim // heads) ** -0.5
         out, statistics = ops.topology_attention_forward(q, k, v, table, joints, multiply, scale)
         joined = out.transpose(1, 2).reshape(bodies, tokens, dim)
@@ -235,7 +241,7 @@ class _AttentionHalf(torch.autograd.Function):
         ops = torch.ops.jmm_fast
         x, norm_w, norm_b, qkv_w, proj_w, table, joints, rows, packed, out, statistics = ctx.saved_tensors
         bodies, tokens, dim = x.shape
-        q, k, v = _split(packed, ctx.heads)
+        q, k, v = split_heads(packed, ctx.heads)
         joined = out.transpose(1, 2).reshape(bodies, tokens, dim)
         da, dproj_w, dproj_b = ops.linear_add_backward(grad, joined, proj_w, rows)
         dout = da.view(bodies, tokens, ctx.heads, -1).transpose(1, 2)
@@ -257,12 +263,6 @@ class _AttentionHalf(torch.autograd.Function):
             dtable if table is not None else None,
             *[None] * 7,
         )
-
-
-def _split(packed: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Views ``[B,H,N,D]`` of packed ``[B,N,3*H*D]``."""
-    bodies, tokens, width = packed.shape
-    return packed.view(bodies, tokens, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4).unbind()
 
 
 class _MlpHalf(torch.autograd.Function):
@@ -335,28 +335,39 @@ class _Linear(torch.autograd.Function):
         return dx.view(ctx.shape), dweight, dbias if ctx.biased else None
 
 
+_PACKED = {
+    "cuda": (
+        torch.ops.jmm_fast.topology_attention_cuda_forward,
+        torch.ops.jmm_fast.topology_attention_cuda_packed_backward,
+    ),
+    "triton": (
+        torch.ops.jmm_fast.topology_attention_triton_forward,
+        torch.ops.jmm_fast.topology_attention_triton_packed_backward,
+    ),
+}
+
+
 class _PackedAttention(torch.autograd.Function):
     """``topology_attention`` of packed queries, keys and values ``[B,N,3*H*D]``: ``[B,N,H*D]``, no copies."""
 
     @staticmethod
-    def forward(ctx, packed, table, joints, heads, multiply):
+    def forward(ctx, packed, table, joints, heads, multiply, kind):
+        joints = None if table is None else joints.long()
         scale = (packed.shape[2] // (3 * heads)) ** -0.5
-        out, statistics = torch.ops.jmm_fast.topology_attention_triton_forward(
-            *_split(packed, heads), table, joints, multiply, scale
-        )
+        out, statistics = _PACKED[kind][0](*split_heads(packed, heads), table, joints, multiply, scale)
         ctx.save_for_backward(packed, table, joints, out, statistics)
-        ctx.multiply, ctx.scale = multiply, scale
+        ctx.multiply, ctx.scale, ctx.kind = multiply, scale, kind
         return out.transpose(1, 2).flatten(2)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         packed, table, joints, out, statistics = ctx.saved_tensors
-        dpacked, dtable = torch.ops.jmm_fast.topology_attention_triton_packed_backward(
+        dpacked, dtable = _PACKED[ctx.kind][1](
             grad.unflatten(2, (out.shape[1], -1)).transpose(1, 2),
             packed, table, joints, out, statistics, ctx.multiply, ctx.scale,
         )  # fmt: skip
-        return dpacked, dtable if table is not None else None, None, None, None
+        return dpacked, dtable if table is not None else None, None, None, None, None
 
 
 class _Mlp(torch.autograd.Function):

@@ -1,11 +1,13 @@
 """Attention that knows the skeleton: a term for each pair of joints inside the softmax."""
 
+import importlib
+
 import torch
 from torch import Tensor
 
 from jmm_fast import reference
 from jmm_fast.ops import checks
-from jmm_fast.ops.backend import choose, library, on_triton, shared_memory
+from jmm_fast.ops.backend import choose, library, on_triton, shared_memory, unavailable
 
 MODES = ("add", "scale")
 _MAX_HEAD_DIM = 128
@@ -15,7 +17,7 @@ CUDA_DTYPES = (torch.bfloat16, torch.float16)
 CUDA_WIDTHS = (16, 32, 64)
 CUDA_TOKENS = 128
 CUDA_JOINTS = 64
-"""What the CUDA kernel takes at most; see also :func:`cuda_shared_memory`."""
+"""What the CUDA kernel takes at most; see also :func:`cuda_tokens`."""
 
 AUTO_CUDA_TOKENS = 80
 """Up to how many tokens ``auto`` takes the CUDA kernel and not Triton's. By arithmetic: up to here five tiles of 16 fit
@@ -35,9 +37,15 @@ _SCHEMAS = {
     "Tensor statistics, bool multiply, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
 }
 # Of packed queries, keys and values, whose gradient comes packed; for blocks.
+for _kind in ("cuda", "triton"):
+    library.define(
+        f"topology_attention_{_kind}_packed_backward(Tensor grad_out, Tensor packed, Tensor? table, Tensor? joints, "
+        "Tensor out, Tensor statistics, bool multiply, float scale) -> (Tensor, Tensor)"
+    )
 library.define(
-    "topology_attention_triton_packed_backward(Tensor grad_out, Tensor packed, Tensor? table, Tensor? joints, "
-    "Tensor out, Tensor statistics, bool multiply, float scale) -> (Tensor, Tensor)"
+    "topology_attention_cuda_backward_into(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? table, "
+    "Tensor? joints, Tensor out, Tensor statistics, bool multiply, float scale, "
+    "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> Tensor"
 )
 for _name, _schema in _SCHEMAS.items():
     # In C++ for the CPU; in CUDA C++; as Triton kernels, on CUDA tensors or in Triton's interpreter.
@@ -116,18 +124,23 @@ def topology_attention(
     if joints is not None:
         joints = joints.long()
     scale = dim**-0.5 if scale is None else float(scale)
-    backend = choose(
+    backend = attention_backend(q, table, backend)
+    if backend in _KERNELS:
+        return _NativeAttention.apply(q, k, v, table, joints, mode == "scale", scale, backend)
+    return torch.ops.jmm_fast.topology_attention(q, k, v, table, joints, mode == "scale", scale)
+
+
+def attention_backend(q: Tensor, table: Tensor | None, backend: str) -> str:
+    """The backend that runs :func:`topology_attention` on these inputs."""
+    return choose(
         "topology_attention",
         backend,
         q,
-        unloved=("cuda",) if length > AUTO_CUDA_TOKENS else (),
+        unloved=("cuda",) if q.shape[2] > AUTO_CUDA_TOKENS else (),
         cpu=_refusal(q, table),
         triton=_triton_refusal(q, table),
         cuda=_cuda_refusal(q, table),
     )
-    if backend in _KERNELS:
-        return _NativeAttention.apply(q, k, v, table, joints, mode == "scale", scale, backend)
-    return torch.ops.jmm_fast.topology_attention(q, k, v, table, joints, mode == "scale", scale)
 
 
 def _refusal(q: Tensor, table: Tensor | None) -> str | None:
@@ -152,17 +165,25 @@ def _triton_refusal(q: Tensor, table: Tensor | None) -> str | None:
     return None
 
 
-def cuda_shared_memory(length: int, dim: int, joints: int) -> int:
-    """Bytes of shared memory that a block of the CUDA kernel's backward pass takes, the larger of the two passes."""
-    tokens = -(-length // 16) * 16
-    values_and_terms = 2 * tokens * (dim + 8) + 4 * joints * (tokens + 8)
-    gradient_of_terms = 4 * tokens * (8 + (32 if joints <= 32 else 64)) if joints else 0
-    return (
-        6 * tokens * (dim + 8)
-        + 4 * tokens * (max(tokens, dim) + 8)
-        + max(values_and_terms, gradient_of_terms)
-        + 4 * (joints * joints + tokens + 4 * joints)
-    )
+def cuda_tokens(dim: int, joints: int, device: int) -> int:
+    """How many tokens the CUDA kernel takes on a device, whose shared memory bounds them.
+
+    Args:
+        dim: head width, one of ``CUDA_WIDTHS``.
+        joints: those of the table, at most ``CUDA_JOINTS``; 0 without one.
+        device: number of the GPU.
+    """
+    # Numbers also where a compiler takes sizes as symbols.
+    width = next(one for one in CUDA_WIDTHS if one == dim)
+    return _room(width, next(one for one in range(CUDA_JOINTS + 1) if one == joints), device)
+
+
+def _room(dim: int, joints: int, device: int) -> int:
+    """What the CUDA extension says. Traced code sees a constant."""
+    return importlib.import_module("jmm_fast._cuda").attention_tokens(shared_memory(device), dim, joints)
+
+
+_room._dynamo_marked_constant = True
 
 
 def _cuda_refusal(q: Tensor, table: Tensor | None) -> str | None:
@@ -176,13 +197,10 @@ def _cuda_refusal(q: Tensor, table: Tensor | None) -> str | None:
         return f"it takes at most {CUDA_TOKENS} tokens, got {checks.describe(q)}"
     if table is not None and (table.dtype != torch.float32 or table.shape[1] > CUDA_JOINTS):
         return f"it takes a float32 table of at most {CUDA_JOINTS} joints, got {checks.describe(table)}"
-    if q.is_cuda:
-        needed, there = (
-            cuda_shared_memory(length, dim, 0 if table is None else table.shape[1]),
-            shared_memory(q.get_device()),
-        )
-        if needed > there:
-            return f"a block would take {needed} bytes of shared memory, this GPU has {there}"
+    if q.is_cuda and unavailable("topology_attention", "cuda") is None:
+        most = cuda_tokens(dim, 0 if table is None else table.shape[1], q.get_device())
+        if length > most:
+            return f"a block has shared memory for {most} tokens on this GPU, got {checks.describe(q)}"
     return None
 
 
@@ -244,6 +262,24 @@ def _fake_backward(grad_out, q, k, v, table, joints, out, statistics, multiply, 
     return _token_major(q), _token_major(q), _token_major(q), dtable
 
 
+def split_heads(packed: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values ``[B,H,N,D]``, views of ``[B,N,3*H*D]``."""
+    return packed.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _cuda_packed_backward(grad_out, packed, table, joints, out, statistics, multiply, scale):
+    dpacked = torch.empty_like(packed, memory_format=torch.contiguous_format)
+    parts, into = (split_heads(x, out.shape[1]) for x in (packed, dpacked))
+    dtable = torch.ops.jmm_fast.topology_attention_cuda_backward_into(
+        grad_out, *parts, table, joints, out, statistics, multiply, scale, *into
+    )
+    return dpacked, dtable
+
+
+library.impl("topology_attention_cuda_packed_backward", _cuda_packed_backward, "CUDA")
+
+
+@torch.library.register_fake("jmm_fast::topology_attention_cuda_packed_backward", lib=library)
 @torch.library.register_fake("jmm_fast::topology_attention_triton_packed_backward", lib=library)
 def _fake_packed_backward(grad_out, packed, table, joints, out, statistics, multiply, scale):
     dtable = packed.new_empty((0,) if table is None else table.shape, dtype=torch.float32)

@@ -76,8 +76,10 @@ def test_the_module_registers_its_kernels(tmp_path):
     run(tools["cmake"], "--build", build)
     code = """
 import torch, jmm_fast.ops, _cuda
-for name in ("motion_mask_cuda", "topology_attention_cuda_forward", "topology_attention_cuda_backward"):
+attention = [f"topology_attention_cuda_{name}" for name in ("forward", "backward", "backward_into", "packed_backward")]
+for name in ("motion_mask_cuda", *attention):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"jmm_fast::{name}", "CUDA"), name
+assert _cuda.attention_tokens(227 << 10, 32, 25) == 128 and _cuda.attention_tokens(99 << 10, 32, 25) in range(80, 128)
 print(_cuda.load_error())
 """
     said = run(sys.executable, "-c", code, PYTHONPATH=f"{build}:{ROOT}", LD_LIBRARY_PATH=str(libraries))

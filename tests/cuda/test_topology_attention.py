@@ -6,9 +6,8 @@ from ctypes import c_bool, c_float, c_int, c_int64, c_void_p
 import pytest
 import torch
 
-from jmm_fast import reference
-from jmm_fast.bench.parity import compare, results
-from jmm_fast.ops.topology_attention import CUDA_JOINTS, CUDA_TOKENS, CUDA_WIDTHS, cuda_shared_memory
+from jmm_fast.bench.parity import results
+from jmm_fast.ops.topology_attention import CUDA_JOINTS, CUDA_TOKENS, CUDA_WIDTHS
 from jmm_fast.reference.topology_attention import pair_term
 
 UPWARDS, DOWNWARDS, MIXED = 0, 1, 143  # 11 * 13: no divisor in common with a number of warps or lanes
@@ -74,9 +73,10 @@ def poisoned(x):
 
 @pytest.fixture
 def attention(kernel):
-    """``attention(joints, mode, ...)``: the kernels as one differentiable function of q, k, v and the table."""
+    """``attention(joints, mode, ...)``: the kernels as one differentiable function of q, k, v and the table.
+    ``packed``: gradients are written where those of packed queries, keys and values lie."""
 
-    def make(joints, mode="add", scale=None, order=MIXED, parts=2):
+    def make(joints, mode="add", scale=None, order=MIXED, parts=2, packed=False):
         class Attention(torch.autograd.Function):
             @staticmethod
             def problem(q, k, v, table):
@@ -101,7 +101,9 @@ def attention(kernel):
             @staticmethod
             def backward(ctx, grad):
                 q, k, v, table, out, statistics = ctx.saved_tensors
-                problem, dq, dk, dv = Attention.problem(q, k, v, table), poisoned(q), poisoned(q), poisoned(q)
+                problem, (dq, dk, dv) = Attention.problem(q, k, v, table), (poisoned(q) for _ in range(3))
+                if packed:
+                    dq, dk, dv = poisoned(torch.cat([q, q, q], 1)).unflatten(1, (3, -1)).unbind(1)
                 dtable = None if table is None else torch.full_like(table, torch.nan)
                 shape = (q.shape[1], parts, *(() if table is None else table.shape[1:]))
                 partial = torch.full(shape, torch.nan)
@@ -121,44 +123,11 @@ def attention(kernel):
 
 
 @pytest.fixture
-def check(attention):
-    """At most twice the error of the plain twin in the same dtype plus the rounding of the largest result; three times
-    for gradients."""
-
+def check(attention, attention_parity):
     def check(q, k, v, table, joints, mode="add", scale=None, grad=None, **options):
-        grad = torch.randn(q.shape).to(q.dtype) if grad is None else grad
-        inputs = (q, k, v, table)
-
-        def plain(*x):
-            return reference.topology_attention(
-                *x, joints, mode == "scale", q.shape[3] ** -0.5 if scale is None else scale
-            )
-
-        ours = results(attention(joints, mode, scale, **options), inputs, grad)
-        same = results(plain, inputs, grad)
-        exact = results(plain, [None if x is None else x.double() for x in inputs], grad.double())
-        names = ("out", "dq", "dk", "dv", "dtable")[: len(ours)]
-        for one in compare(names, ours, same, exact, torch.finfo(q.dtype).eps):
-            bound = one.bound
-            if q.shape[2] == 1 and one.name in ("dq", "dk", "dtable"):
-                # The only weight is 1 and its gradient, exactly 0, the difference of two sums of D products.
-                sums = q.shape[3] * (grad.abs().max() * v.abs().max() * max(1, q.abs().max(), k.abs().max())).item()
-                bound = 4 * torch.finfo(torch.float32).eps * sums * q.shape[0]
-            elif one.name == "dtable" and mode == "add" and (joints == joints.flatten()[0]).all():
-                # All terms are one number, which softmax does not see: what is left is the rounding of each gradient.
-                bound = torch.finfo(q.dtype).eps * pair_gradients(q, k, v, grad).sum().item()
-            assert one.error <= bound, f"{one.name}: error {one.error:.3g}, bound {bound:.3g}"
-        return ours
+        return attention_parity(attention(joints, mode, scale, **options), q, k, v, table, joints, mode, scale, grad)
 
     return check
-
-
-def pair_gradients(q, k, v, grad):
-    """Size of the gradient of each score, in float64, without a table."""
-    q, k, v, grad = (x.detach().double() for x in (q, k, v, grad))
-    weights = torch.softmax(q @ k.transpose(2, 3) * q.shape[3] ** -0.5, 3)
-    change = grad @ v.transpose(2, 3)
-    return (weights * (change - (weights * change).sum(3, keepdim=True))).abs()
 
 
 def make(length, *, dim=32, bodies=2, heads=2, joints=25, own=True, mode="add", dtype=torch.bfloat16):
@@ -233,6 +202,12 @@ def test_views(check):
     check(q, k, v, table, torch.stack([joints, joints + 1000], 2)[..., 0])
 
 
+def test_packed_gradients(check):
+    inputs = make(74, heads=3)
+    first, second = (check(*inputs, grad=inputs[0], packed=packed) for packed in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 def test_nothing_outside_the_inputs_is_read(check):
     ring = torch.full((3, 44, 3, 4, 48), torch.nan).bfloat16()
     inner = ring[1:, 1:42, :, 1:3, 8:40]
@@ -277,7 +252,16 @@ def test_statistics_are_maximum_and_sum(attention):
 
 def test_limits_are_told_once(kernel):
     assert kernel.most_tokens() == CUDA_TOKENS and kernel.most_joints() == CUDA_JOINTS
+
+
+@pytest.mark.parametrize("memory", [0, 1000, 48 << 10, 99 << 10, 163 << 10, 227 << 10])
+def test_tokens_that_shared_memory_has_room_for(kernel, memory):
     for dim in CUDA_WIDTHS:
-        for length in range(1, CUDA_TOKENS + 1):
-            for joints in (0, 1, 17, 25, 32, 33, 64):
-                assert kernel.shared_memory(dim, length, joints) == cuda_shared_memory(length, dim, joints)
+        for joints in (0, 1, 17, 25, 32, 33, 64):
+            taken = [
+                max(kernel.forward_memory(dim, length, joints), kernel.backward_memory(dim, length, joints))
+                for length in range(1, CUDA_TOKENS + 1)
+            ]
+            assert kernel.fitting(memory, dim, joints) == sum(needed <= memory for needed in taken)
+    # The encoder's 74 tokens fit on everything from compute capability 8.0 on, 99 KB of 8.6 and 8.9 included.
+    assert (kernel.fitting(memory, 32, 25) >= 74) == (memory >= 99 << 10)

@@ -72,7 +72,11 @@ extern "C" int backward(const Problem* p, const Backward* g, float* dtable, int 
   });
 }
 
-extern "C" int shared_memory(int width, int tokens, int joints) { return BackwardMemory::bytes(width, tokens, joints); }
+extern "C" int forward_memory(int width, int tokens, int joints) { return ForwardMemory::bytes(width, tokens, joints); }
+extern "C" int backward_memory(int width, int tokens, int joints) {
+  return BackwardMemory::bytes(width, tokens, joints);
+}
+extern "C" int fitting(int memory, int width, int joints) { return fitting_tokens(memory, width, joints); }
 extern "C" int most_tokens() { return kMostTokens; }
 extern "C" int most_joints() { return kMostJoints; }
 extern "C" int most_parts() { return kMostParts; }

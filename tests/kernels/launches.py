@@ -176,3 +176,43 @@ LAUNCHES |= {
         ("float32", 64, False, False),
     )
 }
+
+
+def ones():
+    """Every size 1, which Triton takes for a constant and not for an argument: another program."""
+    from jmm_fast.kernels import block, clip_window, motion_loss, token_grid
+    from jmm_fast.kernels import topology_attention as attention
+
+    single, whole = {"dtype": torch.float32}, {"dtype": torch.int64}
+    for dtype in (torch.bfloat16, torch.float32):
+        q, table, joints = empty(1, 1, 1, 1, dtype=dtype), empty(1, 1, 1, **single), empty(1, 1, **whole)
+        for given in ((None, None, False), (table, joints, False), (table, joints, True)):
+            out, statistics = attention.forward(q, q, q, *given, 1.0)
+            attention.backward(out, q, q, q, *given[:2], out, statistics, given[2], 1.0)
+        x, weight, row = empty(1, 1, 1, **single), empty(1, **single), empty(1, **whole)
+        y, n, statistics = block.add_norm(x, x.to(dtype), weight, weight, row, weight, weight, 1e-5, dtype)
+        block.add_norm_backward(n, y, y, statistics, weight, row, weight, 1, dtype)
+        flat, matrix = empty(1, 1, dtype=dtype), empty(1, 1, dtype=dtype)
+        out, hidden = block.mlp(flat, matrix, weight, matrix)
+        block.mlp_backward(out, flat, matrix, weight, matrix, hidden)
+        block.linear_backward(flat, flat, matrix, True)
+        block.mlp_fused(flat, matrix, weight, matrix)
+        block.mlp_fused_backward(flat, flat, matrix, weight, matrix)
+        token_grid.gather_backward(
+            token_grid.gather_forward(empty(1, 1, 1, 1, dtype=dtype), row[None], 1), row[None], 1, 1, 1, 1
+        )
+        tokens = empty(1, 1, 1, dtype=dtype)
+        grid = token_grid.scatter_forward(tokens, row[None], empty(1, dtype=dtype), flat, flat)
+        token_grid.scatter_backward(grid, row[None], 1, 1, 1, dtype)
+        mask = empty(1, 1, dtype=torch.bool)
+        # A token of one number has no variance; two frames, as one has no motion.
+        for normalize in (False, True):
+            loss, errors, factor = motion_loss.forward(
+                empty(1, 1, 2, dtype=dtype), empty(1, 2, 1, 1, **single), mask, 2, 1, normalize, True, mask
+            )
+        motion_loss.backward(loss, errors, factor)
+        clip_window.forward(empty(1, 1, 3, dtype=dtype), row, row, empty(1, 3, **single), 1)
+
+
+ONCE = {"sizes of one": ones}
+"""Compiled for one architecture only: what may go wrong there does so before code is made."""

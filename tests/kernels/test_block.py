@@ -309,24 +309,20 @@ def test_mlp_wider_than_the_fused_kernel(form, device):
     check(randomize(Mlp(300, 20), device), torch.randn(1, 20, 300, device=device))
 
 
-def test_gelu_over_its_whole_range(form, device):
-    """Layers that pass numbers through show GELU and its derivative at each of them."""
-    values = torch.cat([torch.linspace(-9, 9, 181), torch.tensor([-1e4, -40.0, 40.0, 1e4, 0.0, -0.0])])
-    mlp = Mlp(len(values), len(values))
+def test_mlp_of_weights_of_any_strides(form, device):
+    mlp = randomize(Mlp(32, 64), device)
     with torch.no_grad():
-        for parameter in mlp.parameters():
-            parameter.zero_()
-        mlp.fc1.bias.copy_(values)
-        mlp.fc2.weight.copy_(torch.eye(len(values)))
-    mlp.to(device)
-    x = torch.zeros(1, 1, len(values), device=device)
-    out = ops.mlp_half(ops.Stream(x), mlp.norm, mlp.fc1, mlp.fc2).settle()
+        for layer in (mlp.fc1, mlp.fc2):
+            layer.weight.set_(layer.weight.t().contiguous().t())
+    check(mlp, torch.randn(2, 40, 32, device=device), size=largest)
+
+
+def test_gelu_over_its_whole_range(form, device, gelu):
+    layers = [layer.to(device) for layer in (gelu.norm, gelu.fc1, gelu.fc2)]
+    out = ops.mlp_half(ops.Stream(torch.zeros(1, 1, len(gelu.values), device=device)), *layers).settle()
     out.sum().backward()
-    exact = values.double().requires_grad_()
-    expected = functional.gelu(exact)
-    expected.sum().backward()
-    torch.testing.assert_close(out[0, 0].double().cpu(), expected.detach(), rtol=2e-6, atol=2e-6)
-    torch.testing.assert_close(mlp.fc1.bias.grad.double().cpu(), exact.grad, rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(out[0, 0].double().cpu(), gelu.result, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(gelu.fc1.bias.grad.double().cpu(), gelu.slope, rtol=2e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
@@ -431,7 +427,7 @@ def test_opcheck(form, device):
     y, normed, statistics = table.block_triton_add_norm(x, branch, d[0], factor, rows, *d[1:], 1e-5, BF16)
     packed = draw(2, 9, 24)
     pair, joints = draw(2, 5, 5), torch.arange(9, device=device) % 5
-    q, k, v = ops.block._split(packed, 2)
+    q, k, v = ops.block.split_heads(packed, 2)
     out, held = table.topology_attention_triton_forward(q, k, v, pair, joints, False, 0.5)
     for name, arguments in (
         ("block_triton_add_norm", (x, branch, d[0], factor, rows, *d[1:], 1e-5, BF16)),

@@ -4,62 +4,27 @@ import pytest
 import torch
 
 from jmm_fast import ops
+from jmm_fast.ops.backend import unavailable
 
-NAMES = ("out", "dq", "dk", "dv", "dtable")
 GPU = torch.cuda.is_available()
 
 
 pytestmark = pytest.mark.usefixtures("poison")
 
 
-def formula(q, k, v, table, joints, mode, scale):
-    scores = scale * torch.einsum("bhid,bhjd->bhij", q, k)
-    if table is not None:
-        joints = joints.expand(q.shape[0], -1)
-        term = torch.stack([table[:, joint][:, :, joint] for joint in joints])
-        scores = scores * term if mode == "scale" else scores + term
-    return torch.softmax(scores, -1) @ v
+@pytest.fixture
+def check(attention_parity):
+    """The interpreter adds up a product in an order that depends on the block's shape, so there ``largest_score`` comes
+    out differently in its last bits in each kernel; a GPU adds up in one order."""
 
+    def check(q, k, v, table, joints, mode="add", scale=None, grad=None, largest_score=0.0):
+        def ours(*x):
+            return ops.topology_attention(*x, joints, mode=mode or "add", scale=scale, backend="triton")
 
-def results(function, inputs, grad_out):
-    """Output and gradient of every input that is there."""
-    leaves = [x.detach().requires_grad_() if x is not None else None for x in inputs]
-    out = function(*leaves)
-    grads = torch.autograd.grad(out, [x for x in leaves if x is not None], grad_out)
-    return [out.detach(), *grads]
+        slack = 0.0 if GPU else largest_score
+        return attention_parity(ours, q, k, v, table, joints, mode, scale, grad, largest_score=slack)
 
-
-def check(q, k, v, table, joints, mode="add", scale=None, grad_out=None, largest_score=0.0):
-    """At most twice the error of the same formula in the same dtype plus the rounding of the largest result; three
-    times for gradients, whose chain is twice as long.
-
-    The interpreter adds up a product in an order that depends on the block's shape, so there ``largest_score`` comes
-    out differently in its last bits in each kernel; a GPU adds up in one order.
-    """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    grad_out = torch.randn_like(q) if grad_out is None else grad_out
-    inputs = (q, k, v, table)
-
-    def attention(backend):
-        return lambda *x: ops.topology_attention(*x, joints, mode=mode, scale=scale, backend=backend)
-
-    ours, same = (results(attention(backend), inputs, grad_out) for backend in ("triton", "reference"))
-    doubles = [x.double() if x is not None else None for x in inputs]
-    exact = results(lambda *x: formula(*x, joints, mode, scale), doubles, grad_out.double())
-    for name, a, b, c in zip(NAMES, ours, same, exact, strict=False):
-        assert a.isfinite().all(), name
-        error, largest = (a.double() - c).abs().max().item(), c.abs().max().item()
-        bound = 2 * ((b.double() - c).abs().max().item() + torch.finfo(q.dtype).eps * largest)
-        if name != "out":
-            bound *= 1.5
-            bound += 0 if GPU else torch.finfo(torch.float32).eps * largest_score * largest
-        one_joint = table is not None and table.shape[1] == 1 and mode == "add"
-        if (q.shape[2] == 1 and name in ("dq", "dk", "dtable")) or (one_joint and name == "dtable"):
-            # A lone weight is 1, and a term that all scores share moves none: the gradient is the difference of equal
-            # sums, nothing but their rounding.
-            bound = 4 * torch.finfo(torch.float32).eps * (grad_out.abs().max() * v.abs().max()).item() * v.shape[3]
-        assert error <= bound, f"{name}: error {error:.3g}, bound {bound:.3g}"
-    return ours
+    return check
 
 
 @pytest.fixture
@@ -80,38 +45,52 @@ def problem(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("mode", ["add", "scale", None])
 @pytest.mark.parametrize("length", [1, 63, 74, 75, 127, 250, 750])
-def test_parity_over_lengths(problem, dtype, length, mode):
+def test_parity_over_lengths(check, problem, dtype, length, mode):
     if not GPU and (length > 130 or (length == 127 and dtype != torch.float32)):
         pytest.skip("the interpreter takes minutes: shorter lengths go through the same code")
     bodies = 3 if GPU else 1
-    check(*problem(length, bodies=bodies, own=length in (1, 74, 127), mode=mode, dtype=dtype), mode=mode or "add")
+    check(*problem(length, bodies=bodies, own=length in (1, 74, 127), mode=mode, dtype=dtype), mode=mode)
 
 
-def test_a_whole_grid(problem):
-    check(*problem(750, heads=1, dim=16))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_whole_grid(check, problem, dtype):
+    if not GPU and dtype != torch.float32:
+        pytest.skip("the interpreter takes minutes: shorter lengths go through the same code")
+    check(*problem(750, heads=1, dim=16, dtype=dtype))
 
 
 @pytest.mark.parametrize("dim", [1, 3, 16, 20, 64, 128])
-def test_parity_over_head_widths(problem, dim):
+def test_parity_over_head_widths(check, problem, dim):
     check(*problem(37, dim=dim, heads=1, own=True))
 
 
 @pytest.mark.parametrize("joints", [1, 2, 17, 32, 33, 100])
-def test_any_number_of_joints(problem, joints):
+def test_any_number_of_joints(check, problem, joints):
     check(*problem(40, dim=8, joints=joints, own=True, heads=1))
     check(*problem(40, dim=8, joints=joints, own=True, heads=1, mode="scale"), mode="scale")
 
 
-def test_views(problem, device):
+def test_views(check, problem, device):
     packed = torch.randn(2, 40, 3, 2, 32, device=device)
     q, k, v = packed.permute(2, 0, 3, 1, 4)
     _, _, _, table, joints = problem(40)
-    check(q, k, v, table, joints, grad_out=torch.randn(2, 1, 1, 32, device=device).expand_as(q))
+    check(q, k, v, table, joints, grad=torch.randn(2, 1, 1, 32, device=device).expand_as(q))
     check(q[:1].expand_as(q), k[:, :1].expand_as(k), v[..., :1].expand_as(v), table[:1].expand_as(table), joints)
     check(q.transpose(2, 3).contiguous().transpose(2, 3), k.flip(2), v, table.transpose(1, 2), joints)
 
 
-def test_nothing_outside_the_inputs_is_read(problem, device):
+def test_tensors_whose_rows_lie_far_apart(check, problem, device, monkeypatch):
+    """Offsets within a body and head are 32 bits wide: what goes beyond them is copied first."""
+    from jmm_fast.kernels import topology_attention as kernel
+
+    far = torch.empty_strided((2, 3, 750, 32), (32, 64, 2**22, 1), device="meta")
+    assert kernel._near(far).is_contiguous() and kernel._near(far[:, :, :500]).stride() == far.stride()
+    monkeypatch.setattr(kernel, "REACH", 100)
+    q, k, v, table, joints = problem(40, bodies=2)
+    check(*(x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3) for x in (q, k, v)), table, joints)
+
+
+def test_nothing_outside_the_inputs_is_read(check, problem, device):
     ring = torch.full((3, 4, 44, 3, 20), float("nan"), device=device)
     inner = ring[:1, 1:3, 1:42, :, 2:18]
     inner.copy_(torch.randn(inner.shape, device=device))
@@ -119,16 +98,23 @@ def test_nothing_outside_the_inputs_is_read(problem, device):
     check(*inner.unbind(3), table, joints)
 
 
-def test_peaked_softmax(problem):
+def test_peaked_softmax(check, problem):
     q, k, v, table, joints = problem(70, heads=1)
     check(8 * q, 8 * k, v, table, joints, largest_score=(64 * q @ k.transpose(2, 3)).abs().max().item() / 32**0.5)
     check(q, k, v, 40 * table, joints)
     check(q, k, v, table - 200, joints)
 
 
-def test_repeatable_bit_for_bit(problem):
+@pytest.mark.parametrize("scale", [0.7, 0.0, -0.3])
+def test_any_scale(check, problem, scale):
+    """Only a positive one goes into the exponents of short floats."""
+    for dtype, mode in ((torch.bfloat16, "add"), (torch.float16, "scale"), (torch.float32, "add")):
+        check(*problem(40, heads=1, dim=16, mode=mode, dtype=dtype), mode, scale)
+
+
+def test_repeatable_bit_for_bit(check, problem):
     inputs = problem(70, bodies=2, own=True)
-    first, second = check(*inputs, grad_out=inputs[0]), check(*inputs, grad_out=inputs[0])
+    first, second = check(*inputs, grad=inputs[0]), check(*inputs, grad=inputs[0])
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -153,23 +139,36 @@ def test_what_the_kernel_does_not_take(problem):
             ops.topology_attention(*arguments, backend="triton")
 
 
-def test_opcheck(problem):
-    q, k, v, table, joints = problem(20, dim=16)
-    forward = torch.ops.jmm_fast.topology_attention_triton_forward
-    backward = torch.ops.jmm_fast.topology_attention_triton_backward
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request):
+    if reason := unavailable("topology_attention", request.param):
+        pytest.skip(reason)
+    return request.param
+
+
+def small(problem, backend):
+    return problem(20, dim=16, own=True, dtype=torch.bfloat16 if backend == "cuda" else torch.float32)
+
+
+def test_opcheck(problem, backend):
+    q, k, v, table, joints = small(problem, backend)
+    forward, backward = (
+        getattr(torch.ops.jmm_fast, f"topology_attention_{backend}_{name}") for name in ("forward", "backward")
+    )
     torch.library.opcheck(forward.default, (q, k, v, table, joints, False, 0.25))
     out, statistics = forward(q, k, v, table, joints, False, 0.25)
     torch.library.opcheck(backward.default, (out, q, k, v, table, joints, out, statistics, False, 0.25))
 
 
-def test_compile_fullgraph(problem):
-    q, k, v, table, joints = problem(20, dim=16)
+def test_compile_fullgraph(problem, backend):
+    q, k, v, table, joints = small(problem, backend)
 
     def loss(q, table):
-        return ops.topology_attention(q, k, v, table, joints, backend="triton").square().sum()
+        return ops.topology_attention(q, k, v, table, joints, backend=backend).float().square().sum()
 
     leaves = [q.requires_grad_(), table.requires_grad_()]
     eager = torch.autograd.grad(loss(*leaves), leaves)
-    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves), leaves)
+    compiler = "inductor" if GPU else "aot_eager"
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend=compiler)(*leaves), leaves)
     for a, b in zip(eager, compiled, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=1e-2 if a.dtype == torch.bfloat16 else 0, atol=1e-5)

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from jmm_fast import ops
+from jmm_fast.bench.parity import results
 
 native = pytest.importorskip("jmm_fast._C", reason="the C++ extension is not built", exc_type=ImportError)
 
 EPS = torch.finfo(torch.float32).eps
 MULTIPLIES_BFLOAT16 = {"avx512bf16"}
-NAMES = ("out", "dq", "dk", "dv", "dtable")
 
 
 @pytest.fixture(params=native.isas())
@@ -40,50 +40,15 @@ def poison():
     torch.use_deterministic_algorithms(False)
 
 
-def formula(q, k, v, table, joints, mode, scale):
-    scores = scale * torch.einsum("bhid,bhjd->bhij", q, k)
-    if table is not None:
-        joints = joints.expand(q.shape[0], -1)
-        term = torch.stack([table[:, joint][:, :, joint] for joint in joints])
-        scores = scores * term if mode == "scale" else scores + term
-    return torch.softmax(scores, -1) @ v
+@pytest.fixture
+def check(attention_parity):
+    def check(q, k, v, table, joints, mode="add", scale=None, grad=None):
+        def ours(*x):
+            return ops.topology_attention(*x, joints, mode=mode or "add", scale=scale, backend="cpu")
 
+        return attention_parity(ours, q, k, v, table, joints, mode, scale, grad)
 
-def results(function, inputs, grad_out):
-    """Output and gradient of every input that is there."""
-    leaves = [x.detach().requires_grad_() if x is not None else None for x in inputs]
-    out = function(*leaves)
-    grads = torch.autograd.grad(out, [x for x in leaves if x is not None], grad_out)
-    return [out.detach(), *grads]
-
-
-def check(q, k, v, table, joints, mode="add", scale=None, grad_out=None):
-    """Parity: at most twice the error of the same formula in the same dtype plus the rounding of the largest result.
-
-    Three times for gradients, whose chain is twice as long.
-    """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    grad_out = torch.randn_like(q) if grad_out is None else grad_out
-    inputs = (q, k, v, table)
-    ours = results(
-        lambda *x: ops.topology_attention(*x, joints, mode=mode, scale=scale, backend="cpu"), inputs, grad_out
-    )
-    same = results(
-        lambda *x: ops.topology_attention(*x, joints, mode=mode, scale=scale, backend="reference"), inputs, grad_out
-    )
-    exact = results(
-        lambda *x: formula(*x, joints, mode, scale),
-        [x.double() if x is not None else None for x in inputs],
-        grad_out.double(),
-    )
-    for name, a, b, c in zip(NAMES, ours, same, exact, strict=False):
-        assert a.isfinite().all(), name
-        error, largest = (a.double() - c).abs().max().item(), c.abs().max().item()
-        bound = 2 * ((b.double() - c).abs().max().item() + torch.finfo(q.dtype).eps * largest)
-        if name != "out":
-            bound *= 1.5
-        assert error <= bound, f"{name}: error {error:.3g}, bound {bound:.3g}"
-    return ours
+    return check
 
 
 def problem(length, *, dim=32, bodies=2, heads=4, joints=25, joints_of="grid", mode="add", dtype=torch.float32):
@@ -102,7 +67,7 @@ def dtype(request):
 
 @pytest.mark.parametrize("mode", ["add", "scale", None])
 @pytest.mark.parametrize("length", [1, 63, 74, 75, 127, 250, 375, 750])
-def test_parity_over_lengths(isa, dtype, length, mode):
+def test_parity_over_lengths(check, isa, dtype, length, mode):
     bodies, heads = (2, 4) if length < 200 else (1, 2)
     joints_of = "body" if length in (1, 74, 127, 375) else "grid"
     inputs = problem(length, bodies=bodies, heads=heads, joints_of=joints_of, mode=mode, dtype=dtype)
@@ -110,26 +75,26 @@ def test_parity_over_lengths(isa, dtype, length, mode):
 
 
 @pytest.mark.parametrize("dim", [1, 3, 8, 16, 20, 33, 64, 128])
-def test_parity_over_head_widths(isa, dtype, dim):
+def test_parity_over_head_widths(check, isa, dtype, dim):
     check(*problem(77, dim=dim, joints_of="body", dtype=dtype))
 
 
 @pytest.mark.parametrize("rows", range(1, 60, 7))
-def test_every_tail_of_the_tiles(isa, dtype, rows):
+def test_every_tail_of_the_tiles(check, isa, dtype, rows):
     check(*problem(rows, dim=12, dtype=dtype))
 
 
 @pytest.mark.parametrize("joints", [1, 2, 15, 16, 17, 31, 32, 33, 60])
-def test_any_number_of_joints(isa, joints):
+def test_any_number_of_joints(check, isa, joints):
     check(*problem(70, dim=8, joints=joints, joints_of="body"))
     check(*problem(70, dim=8, joints=joints, mode="scale"), mode="scale")
 
 
-def test_packed_and_repeated_inputs(isa, dtype):
+def test_packed_and_repeated_inputs(check, isa, dtype):
     packed = torch.randn(2, 75, 3, 4, 32, dtype=dtype)
     q, k, v = packed.permute(2, 0, 3, 1, 4)
     _, _, _, table, joints = problem(75)
-    check(q, k, v, table, joints, grad_out=torch.randn(2, 1, 1, 32, dtype=dtype).expand_as(q))
+    check(q, k, v, table, joints, grad=torch.randn(2, 1, 1, 32, dtype=dtype).expand_as(q))
     check(q[:1].expand_as(q), k[:, :1].expand_as(k), v[..., :1].expand_as(v), table[:1].expand_as(table), joints)
     check(
         q.transpose(2, 3).contiguous().transpose(2, 3),
@@ -140,7 +105,7 @@ def test_packed_and_repeated_inputs(isa, dtype):
     )
 
 
-def test_nothing_outside_the_inputs_is_read(isa, dtype):
+def test_nothing_outside_the_inputs_is_read(check, isa, dtype):
     def ringed(x):
         ring = torch.full([n + 2 for n in x.shape], float("nan"), dtype=x.dtype)
         inner = ring[tuple(slice(1, -1) for _ in x.shape)]
@@ -151,28 +116,28 @@ def test_nothing_outside_the_inputs_is_read(isa, dtype):
     around[1:-1] = joints
     grad_out = ringed(torch.randn_like(q))
     q, k, v, table = map(ringed, (q, k, v, table))
-    check(q, k, v, table, around[1:-1], grad_out=grad_out)
+    check(q, k, v, table, around[1:-1], grad=grad_out)
 
 
-def test_nothing_is_left_from_the_call_before(isa, dtype):
+def test_nothing_is_left_from_the_call_before(check, isa, dtype):
     q, k, v, table, joints = problem(100, dtype=dtype)
-    clean = check(q, k, v, table, joints, grad_out=torch.ones_like(q))
+    clean = check(q, k, v, table, joints, grad=torch.ones_like(q))
     bad = torch.full((2, 4, 640, 64), float("nan"), dtype=dtype)
     out = ops.topology_attention(bad.requires_grad_(), bad, bad, backend="cpu")
     assert out.isnan().all()
     out.sum().backward()
-    again = check(q, k, v, table, joints, grad_out=torch.ones_like(q))
+    again = check(q, k, v, table, joints, grad=torch.ones_like(q))
     assert all(torch.equal(a, b) for a, b in zip(clean, again, strict=True))
 
 
-def test_a_maximum_that_keeps_rising_over_the_key_blocks(isa, dtype):
+def test_a_maximum_that_keeps_rising_over_the_key_blocks(check, isa, dtype):
     q, k, v, table, joints = problem(900, bodies=1, heads=1, dtype=dtype)
     k = k + torch.linspace(0, 3, 900, dtype=dtype)[:, None] * q.mean(2, keepdim=True).sign()
     check(q + 2 * q.mean(2, keepdim=True).sign(), k, v, table, joints)
 
 
 @pytest.mark.parametrize("mode", ["add", "scale"])
-def test_scores_far_below_their_bound(isa, dtype, mode):
+def test_scores_far_below_their_bound(check, isa, dtype, mode):
     """Keys point away from the queries: no score comes near |q| |k|, and the rows need their true maxima."""
     q, k, v, table, joints = problem(100, dtype=dtype)
     k = -2.5 * q.flip(2) + 0.25 * k
@@ -181,40 +146,40 @@ def test_scores_far_below_their_bound(isa, dtype, mode):
 
 
 @pytest.mark.parametrize("length", [2, 20])
-def test_softmax_with_nearly_all_weight_on_one_key(isa, length):
+def test_softmax_with_nearly_all_weight_on_one_key(check, isa, length):
     q, k, v, table, joints = problem(length)
     k = torch.cat([k[:, :, :2] + 3 * q.mean(2, keepdim=True), k[:, :, 2:]], dim=2)
     for sharpness in (0.5, 1.0, 3.0):
         check(sharpness * q, k, v, table, joints)
 
 
-def test_pairs_that_are_shut_out_get_no_weight(isa):
+def test_pairs_that_are_shut_out_get_no_weight(isa, attention_formula):
     q, k, v, table, joints = problem(750, bodies=1)
     table[:, :, 3] = float("-inf")
     # A whole key block can be shut out for a query: the first block must not leave a trace in the running sums.
     joints = torch.where(torch.arange(750) < 400, 3, joints)
     out = ops.topology_attention(q, k, v, table, joints, backend="cpu")
     keep = joints != 3
-    expected = formula(q, k, v, table, joints, "add", 32**-0.5)
+    expected = attention_formula(q, k, v, table, joints)
     torch.testing.assert_close(out, expected)
     changed = ops.topology_attention(q, k, torch.where(keep[:, None], v, 1e6), table, joints, backend="cpu")
     assert torch.equal(out, changed)
 
 
-def test_large_scores_do_not_overflow(isa):
+def test_large_scores_do_not_overflow(isa, attention_formula):
     q, k, v, table, joints = problem(75)
     q, k = q * 40, k * 40
     out = ops.topology_attention(q, k, v, table * 100, joints, backend="cpu")
-    expected = formula(q.double(), k.double(), v.double(), table.double() * 100, joints, "add", 32**-0.5)
+    expected = attention_formula(*(x.double() for x in (q, k, v)), table.double() * 100, joints)
     # A rounding of the score is a relative error of the weight, so scores of thousands cost digits in any float32.
     largest = 32**-0.5 * torch.einsum("bhid,bhjd->bhij", q, k).abs().max() + 100 * table.abs().max()
     assert (out - expected).abs().max() <= EPS * largest * v.abs().max()
 
 
-def test_one_key_has_no_gradient_but_for_its_value(isa, dtype):
+def test_one_key_has_no_gradient_but_for_its_value(check, isa, dtype):
     q, k, v, table, joints = problem(1, dtype=dtype)
     grad_out = torch.randn_like(q)
-    out, dq, dk, dv, dtable = check(q, k, v, table, joints, grad_out=grad_out)
+    out, dq, dk, dv, dtable = check(q, k, v, table, joints, grad=grad_out)
     assert torch.equal(out, v) and torch.equal(dv, grad_out)
     assert not dq.any() and not dk.any() and not dtable.any()
 
