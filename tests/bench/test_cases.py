@@ -124,7 +124,7 @@ def test_each_bar_of_attention_on_a_gpu_is_that_of_what_auto_takes(monkeypatch):
 
     op = sys.modules["jmm_fast.ops.topology_attention"]
     monkeypatch.setattr(op, "choose", choose)
-    monkeypatch.setattr(op, "shared_memory", lambda device: 99 << 10)
+    monkeypatch.setattr(op, "_room", lambda dim, joints, device: 128)
     barred = {row.ours for row in ROWS if row.ours.op == "topology_attention" and row.device == "cuda" and row.bar}
     assert {case.contender for case in barred} == {"auto"} and len(barred) == 4
     for built in (None, "not built"):
