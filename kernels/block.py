@@ -28,7 +28,7 @@ NORM, NORM_BACKWARD, GELU, GELU_BACKWARD, COLUMNS = (
     dict.fromkeys(config.ARCHITECTURES.values(), table)
     for table in (_NORM, _NORM_BACKWARD, _GELU, _GELU_BACKWARD, _COLUMNS)
 )
-NORM_BACKWARD["sm_100"] = {(4, ANY): (512, 16, 4)}
+NORM_BACKWARD["sm_100"] = {(4, ANY): (1024, 8, 8)}
 """Numbers in a tile of whole rows, warps; the same with the tiles of a program between; rows, columns, warps; rows,
 columns, tiles of a program, warps (twice). Not yet measured on a GPU."""
 

@@ -48,12 +48,12 @@ _KEYS = {
     (4, 128, ANY): (16, 16, 8, 1),
 }
 FORWARD, QUERIES, KEYS = (dict.fromkeys(config.ARCHITECTURES.values(), table) for table in (_FORWARD, _QUERIES, _KEYS))
-FORWARD["sm_100"] = _FORWARD | {(2, 128, ANY): (64, 32, 8, 2)}
+FORWARD["sm_100"] = _FORWARD | {(2, 128, ANY): (64, 32, 8, 2), (4, 128, ANY): (16, 16, 8, 1)}
 QUERIES["sm_80"] = {(2, 32, ANY): (64, 32, 4, 2)} | _QUERIES | {(2, 64, ANY): (64, 32, 8, 2)}
 QUERIES["sm_100"] = _QUERIES | {(2, 64, ANY): (64, 32, 8, 2)}
 KEYS["sm_80"] = {(2, 32, ANY): (32, 64, 4, 2)} | _KEYS | {(2, 64, ANY): (32, 64, 4, 1)}
 KEYS["sm_100"] = _KEYS | {(2, 64, 128): (32, 32, 4, 1), (2, 64, ANY): (64, 64, 8, 2)}
-"""Sizes that compile without spills on each architecture, by Triton 3.6 as by 3.9, of which on 8.0 and 9.0 no two warps
+"""Sizes that compile without spills on each architecture, by Triton 3.6 to 3.9, of which on 8.0 and 9.0 no two warps
 compute the same scores where operands are 16 bits wide and the head at most 32; not yet measured on a GPU."""
 
 
