@@ -118,7 +118,7 @@ emulate: install
 	PYTHONPATH=$(EMULATED)/site PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 \
 	$(EMULATOR) $(BIN)/python -m pytest -q -p no:cacheprovider $(NATIVE_TESTS) -k "$(NATIVE_CHOICE) and not behind_the_last"
 
-# Both records of bench/results: the table in pairs, and every case by itself. On two cores, for a quiet half hour.
+# Both records of bench/results: the table in pairs, and every case by itself. Some 16 minutes on two quiet cores.
 RECORD ?= bench/results/bench.json
 
 bench: install
