@@ -286,4 +286,5 @@ def test_memory_does_not_grow(clips, config, tmp_path, monkeypatch, steps, settl
     pretrain(config, data=clips, out=tmp_path / "run", say=quiet)
     print({step: f"{size / 2**20:.1f} MiB" for step, size in seen.items()})
     assert max(seen) >= steps
-    assert max(seen.values()) - seen[settled] < most * 2**20
+    # Earlier, the process may give back what other tests left.
+    assert max(size for step, size in seen.items() if step >= settled) - seen[settled] < most * 2**20
