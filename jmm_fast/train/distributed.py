@@ -286,7 +286,7 @@ class Shared:
         loss_of: ``(batch, epoch) -> (loss, weight)``.
         accumulate: parts that each process makes of its share.
         shard: ``full``: several processes share weights, gradients and optimiser state.
-        captured: :meth:`own` is captured and repeated; not with shards.
+        captured: :meth:`own` is captured and repeated; by several processes, in one part, without shards.
     """
 
     def __init__(
@@ -306,6 +306,7 @@ class Shared:
             assert not captured, "shards come together in the middle of a step"
             sharding.shard(self.objective, model, optimizer)
         elif captured:
+            assert size() > 1 and accumulate == 1, "what is captured is one part of what several processes compute"
             self.together = _Together(model)
         elif size() > 1:
             kind = nn.parallel.DistributedDataParallel
@@ -351,8 +352,7 @@ class Shared:
             dist.all_reduce(sums)
         total, weight = sums[0], sums[1].clamp(min=1)
         if self.together is not None:
-            if size() > 1:
-                dist.all_reduce(self.together.gradients)
+            dist.all_reduce(self.together.gradients)
             self.together.gradients.div_(weight)
         else:
             gradients = [sharding.local(value.grad) for value in self.model.parameters() if value.grad is not None]
@@ -364,9 +364,7 @@ class Shared:
         """Context of a part: gradients are summed over processes after the ``last`` alone."""
         if self.sharded:
             self.objective.set_requires_gradient_sync(last)
-        if last or self.sharded or self.together is not None or size() == 1:
-            return contextlib.nullcontext()
-        return self.objective.no_sync()
+        return contextlib.nullcontext() if last or self.sharded or size() == 1 else self.objective.no_sync()
 
 
 class _Together:
@@ -380,9 +378,8 @@ class _Together:
         self.gradients = torch.zeros(sum(lengths), device=self.parameters[0].device)
         pieces = zip(self.gradients.split(lengths), self.parameters, strict=True)
         self.views = [piece[: parameter.numel()].view_as(parameter) for piece, parameter in pieces]
-        if size() > 1:
-            for value in model.state_dict().values():
-                dist.broadcast(value, src=0)
+        for value in model.state_dict().values():
+            dist.broadcast(value, src=0)
 
     def clear(self) -> None:
         """Zero, and where the next backward pass adds its gradients."""
